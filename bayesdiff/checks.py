@@ -1,0 +1,159 @@
+"""The errors and warnings of the package, and the checks that raise them.
+
+Every error derives from :class:`BayesdiffError` and from the built-in that fits it, so both
+``except bayesdiff.BayesdiffError`` and ``except ValueError`` work. Every message says what was
+expected, what came, and, where it is not plain, what to do.
+"""
+
+from __future__ import annotations
+
+import operator
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+
+class BayesdiffError(Exception):
+    """Base of every error that this package raises on purpose."""
+
+
+class HeadNotFoundError(BayesdiffError, LookupError):
+    """The model has no output layer at the expected path, or the family is unknown."""
+
+
+class AmbiguousHeadError(BayesdiffError, LookupError):
+    """The model has several layers that could be its output layer."""
+
+
+class UnsupportedHeadError(BayesdiffError, TypeError):
+    """The output layer is of a kind, or has a setting, that the package does not treat."""
+
+
+class HeadMismatchError(BayesdiffError, ValueError):
+    """A posterior was fitted to other weights than those of this network's head."""
+
+
+class NonFiniteError(BayesdiffError, ValueError):
+    """NaN or infinity where finite numbers are needed."""
+
+
+class EmptyDataError(BayesdiffError, ValueError):
+    """There are no data to fit to."""
+
+
+class ShapeError(BayesdiffError, ValueError):
+    """A tensor has the wrong shape."""
+
+
+class ArgumentError(BayesdiffError, ValueError):
+    """An argument is outside what it may be."""
+
+
+class NegativeVarianceError(BayesdiffError, ArithmeticError):
+    """A variance is negative or NaN."""
+
+
+class NotPositiveDefiniteError(BayesdiffError, ArithmeticError):
+    """A precision matrix has no Cholesky factor."""
+
+
+class PosteriorFileError(BayesdiffError, ValueError):
+    """A stored posterior is missing, damaged, truncated or of an unknown version."""
+
+
+class UnsupportedPipelineError(BayesdiffError, TypeError):
+    """The pipeline does something that the package cannot follow; the message has the residual."""
+
+
+class UnsupportedSchedulerError(BayesdiffError, TypeError):
+    """The scheduler cannot be used for this; the message says why."""
+
+
+class UnknownNameError(BayesdiffError, LookupError):
+    """No model, class or scheduler of that name."""
+
+
+class OutputFolderError(BayesdiffError, OSError):
+    """The output folder cannot be written."""
+
+
+class BayesdiffWarning(UserWarning):
+    """Something was repaired, approximated or left out."""
+
+
+def check_int(name: str, value: object, *, least: int) -> int:
+    """``value`` as an int of at least ``least``.
+
+    Raises:
+        ArgumentError: It is not an integer, or too small.
+    """
+    try:
+        number = operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise ArgumentError(f"expected {name} to be an integer >= {least}, got {value!r}") from None
+    if isinstance(value, bool) or number < least:
+        raise ArgumentError(f"expected {name} >= {least}, got {value!r}")
+    return number
+
+
+def check_positive(name: str, value: object) -> float:
+    """``value`` as a finite float > 0.
+
+    Raises:
+        ArgumentError: It is not a number, not finite, or not positive.
+    """
+    try:
+        number = float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        raise ArgumentError(f"expected {name} to be a number > 0, got {value!r}") from None
+    if not 0 < number < float("inf"):
+        raise ArgumentError(f"expected {name} to be finite and > 0, got {value!r}")
+    return number
+
+
+def check_choice(name: str, value: object, choices: tuple[str, ...]) -> str:
+    """``value`` if it is one of ``choices``.
+
+    Raises:
+        ArgumentError: It is not.
+    """
+    if value not in choices:
+        raise ArgumentError(f"expected {name} to be one of {', '.join(map(repr, choices))}, got {value!r}")
+    return str(value)
+
+
+def check_finite(name: str, tensor: Tensor, hint: str = "") -> Tensor:
+    """``tensor`` if all its elements are finite.
+
+    Raises:
+        NonFiniteError: Some are NaN or infinite.
+    """
+    # A finite sum proves finite elements, in one pass and without a mask; float64 cannot overflow.
+    if not bool(torch.isfinite(tensor.sum(dtype=torch.float64))):
+        nan, inf = int(tensor.isnan().sum()), int(tensor.isinf().sum())
+        raise NonFiniteError(
+            f"expected finite {name}, got {nan} NaN and {inf} infinite of {tensor.numel()} elements"
+            f"{'; ' + hint if hint else ''}"
+        )
+    return tensor
+
+
+def check_output_folder(folder: str | os.PathLike[str]) -> Path:
+    """Make ``folder`` if need be and prove that a file can be written there, before any work is done.
+
+    Raises:
+        OutputFolderError: It cannot be made or written.
+    """
+    path = Path(folder)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path, prefix=".bayesdiff-"):
+            pass
+    except OSError as error:
+        raise OutputFolderError(
+            f"expected a folder that can be written, got {str(path)!r}: {error.strerror or error}; choose another folder"
+        ) from error
+    return path

@@ -1,0 +1,138 @@
+r"""Streaming sufficient statistics of the head's linear regression.
+
+The head is linear and the loss is squared error, so all that any Laplace posterior over it needs are
+sums over the data: the Gram matrix of the features, the residual sum of squares, and the gradient of
+each image. They are kept apart by timestep (in ``num_bins`` equal bins), because the noise variance
+:math:`\sigma_t^2` that weighs them is estimated from the same pass and spans orders of magnitude over t.
+Sums add: over batches, processes and machines.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from bayesdiff.checks import EmptyDataError, ShapeError, check_finite, check_int
+from bayesdiff.head import HeadGeometry
+
+
+class Statistics:
+    r"""Sums over (image, timestep, noise) draws.
+
+    Args:
+        geometry: The head's geometry; C outputs, D features.
+        num_bins: T, the number of timestep bins.
+        device: Where the sums are kept; float64.
+
+    Attributes:
+        gram: :math:`\sum \varphi\varphi^\top` by bin, ``(T, D, D)``.
+        squared_residuals: :math:`\sum r^2` by bin and channel, ``(T, C)``.
+        positions: Number of positions (pixels, tokens) summed, by bin, ``(T,)``.
+    """
+
+    def __init__(self, geometry: HeadGeometry, num_bins: int = 10, device: torch.device | str = "cpu") -> None:
+        self.geometry = geometry
+        self.num_bins = check_int("num_bins", num_bins, least=1)
+        d, c = geometry.in_features, geometry.out_channels
+        self.gram = torch.zeros(num_bins, d, d, dtype=torch.float64, device=device)
+        self.squared_residuals = torch.zeros(num_bins, c, dtype=torch.float64, device=device)
+        self.positions = torch.zeros(num_bins, dtype=torch.float64, device=device)
+        self._scores: list[Tensor] = []  # (B, C, D): Σ_p r φᵀ of one draw
+        self._score_images: list[Tensor] = []
+        self._score_bins: list[Tensor] = []
+
+    def update(self, inputs: Tensor, residuals: Tensor, bins: Tensor, images: Tensor) -> None:
+        r"""Add a batch of draws.
+
+        Args:
+            inputs: What entered the layer, ``(B, C_in, H, W)`` or ``(B, ..., C_in)``.
+            residuals: r = target − prediction, shaped as the layer's output.
+            bins: The timestep bin of each draw, ``(B,)`` int64.
+            images: The number of the image behind each draw, ``(B,)`` int64. Draws of one image are
+                not independent, so their gradients are summed before they are squared.
+
+        Raises:
+            NonFiniteError: Features or residuals are NaN or infinite.
+            ShapeError: The shapes don't fit.
+        """
+        if not len(inputs) == len(residuals) == len(bins) == len(images):
+            raise ShapeError(
+                "expected one residual, bin and image number for each input, got "
+                f"{len(inputs)}, {len(residuals)}, {len(bins)}, {len(images)}"
+            )
+        hint = "the network overflows in this dtype: use bfloat16 or float32"
+        x = check_finite("features", inputs, hint).to(self.gram)
+        r = check_finite("residuals", residuals, hint).to(self.gram)
+        device = self.gram.device
+        bins, images = bins.to(device), images.to(device)
+        channel = 1 if self.geometry.kind == "conv" else -1
+        by_channel = r.movedim(channel, 1).reshape(len(r), self.geometry.out_channels, -1)  # (B, C, P)
+        for b in bins.unique().tolist():
+            chosen = bins == b
+            self.gram[b] += self.geometry.gram(x[chosen])
+        self.squared_residuals.index_add_(0, bins, by_channel.square().sum(2))
+        ones = torch.full((len(bins),), float(by_channel.shape[2]), dtype=torch.float64, device=device)
+        self.positions.index_add_(0, bins, ones)
+        self._scores.append(self.geometry.outer(x, r))
+        self._score_images.append(images)
+        self._score_bins.append(bins)
+
+    def merge(self, other: Statistics) -> Statistics:
+        """Add the statistics of other images (their numbers must differ from ours); returns self.
+
+        Raises:
+            ShapeError: They belong to another head or have other bins.
+        """
+        if other.geometry != self.geometry or other.num_bins != self.num_bins:
+            raise ShapeError(
+                f"expected statistics of {self.geometry} in {self.num_bins} bins, got {other.geometry} in "
+                f"{other.num_bins}"
+            )
+        self.gram += other.gram.to(self.gram)
+        self.squared_residuals += other.squared_residuals.to(self.gram)
+        self.positions += other.positions.to(self.gram)
+        device = self.gram.device
+        self._scores += [s.to(device) for s in other._scores]
+        self._score_images += [s.to(device) for s in other._score_images]
+        self._score_bins += [s.to(device) for s in other._score_bins]
+        return self
+
+    @property
+    def num_images(self) -> int:
+        """n: how many different images the draws come from."""
+        return int(torch.cat(self._score_images).unique().numel()) if self._score_images else 0
+
+    @property
+    def num_draws(self) -> int:
+        """How many (image, timestep, noise) draws were added."""
+        return sum(len(s) for s in self._scores)
+
+    def noise_variance(self) -> Tensor:
+        r"""The residual variance of each bin, :math:`\sigma_b^2 = \sum r^2 / (P_b C)`: ``(T,)``.
+
+        A bin without draws takes the value of the nearest bin that has some.
+
+        Raises:
+            EmptyDataError: No draws were added.
+        """
+        seen = self.positions.nonzero().flatten()
+        if not len(seen):
+            raise EmptyDataError("expected at least one image to fit to, got none")
+        total = self.squared_residuals.sum(1) / (self.positions.clamp(min=1) * self.geometry.out_channels)
+        nearest = (torch.arange(self.num_bins, device=seen.device)[:, None] - seen).abs().argmin(1)
+        return total[seen[nearest]]
+
+    def precision(self, noise_variance: Tensor) -> Tensor:
+        r""":math:`\Lambda = \sum_b \sum \varphi\varphi^\top / \sigma_b^2`, ``(D, D)``, without the prior."""
+        return torch.einsum("bij,b->ij", self.gram, 1 / noise_variance.to(self.gram))
+
+    def image_scores(self, noise_variance: Tensor) -> Tensor:
+        r""":math:`g_i = \sum_{draws}\sum_p r\varphi^\top/\sigma_b^2`, one row for each image: ``(n, C, D)``."""
+        if not self._scores:
+            raise EmptyDataError("expected at least one image to fit to, got none")
+        images, rows = torch.cat(self._score_images).unique(return_inverse=True)
+        weights = 1 / noise_variance.to(self.gram)[torch.cat(self._score_bins)]
+        out = torch.zeros(
+            len(images), self.geometry.out_channels, self.geometry.in_features, dtype=torch.float64, device=weights.device
+        )
+        return out.index_add_(0, rows, torch.cat(self._scores) * weights[:, None, None])

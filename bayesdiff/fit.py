@@ -1,0 +1,224 @@
+r"""Fitting: one pass of a pretrained network over clean data, one network call per draw.
+
+For each image and each of its draws: :math:`x_t = \alpha_t x_0 + \sigma_t\varepsilon` goes through the network,
+a hook takes the head's features, and features and residual go into the sufficient statistics.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Generator, Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
+
+from bayesdiff.checks import (
+    ArgumentError,
+    EmptyDataError,
+    ShapeError,
+    UnsupportedHeadError,
+    check_choice,
+    check_finite,
+    check_int,
+)
+from bayesdiff.curvature import Statistics
+from bayesdiff.head import Fold, Head, check_eval, denoiser, find_head
+from bayesdiff.noising import draw, noised
+from bayesdiff.posterior import COVARIANCES, STRUCTURES, LaplacePosterior
+from bayesdiff.rng import base_seed
+
+
+def fit(
+    pipe_or_model: Any,
+    data: Any,
+    *,
+    structure: str = "full",
+    covariance: str = "sandwich",
+    draws_per_image: int = 1,
+    dataset_size: int | None = None,
+    prior_precision: float | None = None,
+    batch_size: int = 64,
+    noise_bins: int = 10,
+    scheduler: Any = None,
+    head: str | None = None,
+    generator: Generator | None = None,
+    progress: bool = True,
+) -> LaplacePosterior:
+    r"""Fit the Laplace posterior of a network's output layer. The network is not changed.
+
+    Args:
+        pipe_or_model: A diffusers pipeline, or its denoising network (then give ``scheduler``).
+        data: Clean data in the network's own space (pixels in [−1, 1], or scaled latents):
+            a tensor ``(n, C, H, W)``; a mapping with ``"images"`` and, beside it, the network's other
+            keyword arguments (``"class_labels"``, ``"encoder_hidden_states"``, …), each with n rows;
+            a ``Dataset`` or an iterable of batches of either form.
+        structure: ``"full"`` or ``"diag"``.
+        covariance: ``"sandwich"`` (robust, clustered by image) or ``"ggn"``.
+        draws_per_image: How many (t, ε) are drawn for each image.
+        dataset_size: N, the number of images that the network was trained on; by default n, and the
+            posterior is that of a network trained on these n images.
+        prior_precision: τ; by default the maximum of the evidence.
+        batch_size: Rows in one network call.
+        noise_bins: Equal bins of t in which the noise variance is estimated.
+        scheduler: The schedule the network was trained with; by default the pipeline's.
+        head: Exact path of the output layer, for networks the package does not know.
+        generator: For timesteps and noise. The draws do not depend on ``batch_size``.
+        progress: Show a progress bar.
+
+    Returns:
+        A :class:`LaplacePosterior`, with the sums it came from as ``.statistics``.
+
+    Raises:
+        EmptyDataError: There are no images.
+        ShapeError: The images don't fit the network.
+        NonFiniteError: Images, features or residuals are NaN or infinite.
+        ArgumentError: An argument is out of range, or the network is in training mode.
+        HeadNotFoundError, AmbiguousHeadError, UnsupportedHeadError: See :func:`find_head`.
+    """
+    check_choice("structure", structure, STRUCTURES)
+    check_choice("covariance", covariance, COVARIANCES)
+    check_int("draws_per_image", draws_per_image, least=1)
+    check_int("batch_size", batch_size, least=1)
+    network = denoiser(pipe_or_model)
+    found = find_head(network, head)
+    check_eval(network)
+    if scheduler is None:
+        scheduler = getattr(pipe_or_model, "scheduler", None)
+    if scheduler is None:
+        raise ArgumentError("expected a pipeline, or scheduler=… beside a bare network, got neither")
+    num_timesteps = int(scheduler.config.num_train_timesteps)
+    parameter = next(network.parameters())
+    statistics = Statistics(found.geometry, noise_bins, parameter.device)
+    seed = base_seed(generator)
+    images_per_call = max(1, batch_size // draws_per_image)
+    fold: Fold | None = None
+    first = 0
+    total = len(data["images"]) if isinstance(data, Mapping) and "images" in data else _length(data)
+    with tqdm(total=total, desc="fit", unit="image", disable=not progress) as bar:
+        for images, conditioning in _batches(data, images_per_call):
+            _check_images(images, network)
+            count = len(images)
+            t, noise = draw(scheduler, tuple(images.shape[1:]), seed, first, count, draws_per_image)
+            rows = torch.arange(count).repeat_interleave(draws_per_image)
+            clean = images.repeat_interleave(draws_per_image, dim=0).to(parameter.device)
+            conditioning = {
+                k: v.repeat_interleave(draws_per_image, dim=0).to(parameter.device) for k, v in conditioning.items()
+            }
+            x_t, wanted = noised(scheduler, clean, noise.to(parameter.device), t)
+            for part in torch.arange(len(rows)).split(batch_size):
+                arguments = (x_t[part].to(parameter.dtype), t[part].to(parameter.device))
+                batch = {k: v[part] for k, v in conditioning.items()}
+                inputs, output = _call(network, found, *arguments, batch)
+                if output.shape != wanted[part].shape:
+                    raise ShapeError(
+                        f"expected the network to return {tuple(wanted[part].shape)}, as its target, got "
+                        f"{tuple(output.shape)}"
+                    )
+                residual = wanted[part] - output
+                if found.geometry.kind == "linear":
+                    if fold is None:
+                        fold = Fold.read(found, lambda a=arguments, b=batch: _forward(network, *a, b))
+                    residual = _unfold(fold, residual, inputs, found)
+                bins = (t[part] * noise_bins / num_timesteps).long().clamp(max=noise_bins - 1)
+                statistics.update(inputs, residual, bins, first + rows[part])
+            first += count
+            bar.update(count)
+    if first == 0:
+        raise EmptyDataError("expected at least one image to fit to, got none")
+    return LaplacePosterior.from_statistics(
+        statistics, found, structure=structure, covariance=covariance, prior_precision=prior_precision,
+        dataset_size=dataset_size, num_timesteps=num_timesteps,
+    )  # fmt: skip
+
+
+def _forward(network: nn.Module, x: Tensor, t: Tensor, conditioning: Mapping[str, Tensor]) -> Tensor:
+    with torch.no_grad():
+        return network(x, timestep=t, return_dict=False, **conditioning)[0]
+
+
+def _call(
+    network: nn.Module, head: Head, x: Tensor, t: Tensor, conditioning: Mapping[str, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """One network call: what entered the head, and the network's output."""
+    with head.capture() as captured:
+        try:
+            output = _forward(network, x, t, conditioning)
+        except RuntimeError as error:
+            raise ShapeError(
+                f"expected images and conditioning that fit {type(network).__name__}, got images {tuple(x.shape[1:])} and "
+                f"{ {k: tuple(v.shape[1:]) for k, v in conditioning.items()} }; the network says: {error}"
+            ) from error
+    if len(captured) != 1:
+        raise UnsupportedHeadError(f"expected one pass through {head.path!r} in a network call, got {len(captured)}")
+    return captured[0], output
+
+
+def _unfold(fold: Fold, image: Tensor, inputs: Tensor, head: Head) -> Tensor:
+    """Residuals from the network's output layout back to the head's: the inverse of the fold."""
+    shape = (*inputs.shape[:-1], head.out_channels)
+    size = shape[1:].numel() if isinstance(shape, torch.Size) else torch.Size(shape[1:]).numel()
+    if fold.index is None or fold.index.numel() != size:
+        raise UnsupportedHeadError(
+            f"expected the network to return all {size} outputs of {head.path!r}, got "
+            f"{image[0].numel()}: networks that also predict a variance are not supported in fitting"
+        )
+    out = image.new_empty(len(image), size)
+    out[:, fold.index.flatten()] = image.flatten(1)
+    return out.view(shape)
+
+
+def _length(data: Any) -> int | None:
+    """The number of images, where the data tell it."""
+    if isinstance(data, Tensor) or (isinstance(data, Dataset) and hasattr(data, "__len__")):
+        return len(data)  # type: ignore[arg-type]
+    return None
+
+
+def _batches(data: Any, batch_size: int) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+    """Cut any of the accepted forms of data into (images, conditioning)."""
+    if isinstance(data, (Tensor, Mapping)):
+        images, conditioning = _split(data)
+        for i in range(0, len(images), batch_size):
+            yield images[i : i + batch_size], {k: v[i : i + batch_size] for k, v in conditioning.items()}
+    elif isinstance(data, Dataset):
+        for batch in DataLoader(data, batch_size=batch_size):
+            yield _split(batch)
+    elif isinstance(data, Iterable):
+        for batch in data:
+            images, _ = _split(batch)
+            if len(images):
+                yield from _batches(batch, batch_size)
+    else:
+        raise ArgumentError(
+            "expected data as a tensor, a mapping with 'images', a Dataset, or an iterable of batches, got "
+            f"{type(data).__name__}"
+        )
+
+
+def _split(batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    if isinstance(batch, Tensor):
+        return batch, {}
+    if not isinstance(batch, Mapping) or "images" not in batch:
+        keys = list(batch) if isinstance(batch, Mapping) else type(batch).__name__
+        raise ArgumentError(f"expected a tensor or a mapping with the key 'images', got {keys}")
+    tensors = {k: torch.as_tensor(v) for k, v in batch.items()}
+    images = tensors.pop("images")
+    for name, tensor in tensors.items():
+        if tensor.ndim == 0 or len(tensor) != len(images):
+            raise ShapeError(f"expected {len(images)} rows of {name!r}, one for each image, got {tuple(tensor.shape)}")
+    return images, tensors
+
+
+def _check_images(images: Tensor, network: nn.Module) -> None:
+    if not images.is_floating_point():
+        raise ArgumentError(
+            f"expected floating-point images in the network's space (pixels in [-1, 1]), got {images.dtype}"
+        )
+    if images.ndim != 4:
+        raise ShapeError(f"expected images (n, channels, height, width), got {tuple(images.shape)}")
+    channels = getattr(getattr(network, "config", None), "in_channels", images.shape[1])
+    if images.shape[1] != channels:
+        raise ShapeError(f"expected images of {channels} channels, got {images.shape[1]} in {tuple(images.shape)}")
+    check_finite("images", images)

@@ -1,0 +1,131 @@
+r"""What a denoising network predicts, as affine coefficients.
+
+With :math:`x_t = \alpha_t x_0 + \sigma_t \varepsilon` every training target of the field is linear in
+:math:`(x_0, \varepsilon)`, and every network output g gives the clean image back as
+:math:`x_0 = a\,x_t + b\,g`:
+
+==============  ==============================================  ===========  ==============
+name            target                                          a            b
+==============  ==============================================  ===========  ==============
+epsilon         :math:`\varepsilon`                             1/α          −σ/α
+v_prediction    :math:`\alpha\varepsilon - \sigma x_0`          α/(α²+σ²)    −σ/(α²+σ²)
+sample          :math:`x_0`                                     0            1
+flow            :math:`\varepsilon - x_0`                       1/(α+σ)      −σ/(α+σ)
+==============  ==============================================  ===========  ==============
+
+(Salimans & Ho 2022 for v; Lipman et al. 2023 for flow matching.) All schedule arithmetic is float64.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bayesdiff.checks import UnsupportedSchedulerError
+
+PREDICTIONS = ("epsilon", "v_prediction", "sample", "flow")
+
+
+def is_flow(scheduler: Any) -> bool:
+    """Whether a scheduler is of the flow-matching family."""
+    return "FlowMatch" in type(scheduler).__name__
+
+
+def prediction_type(scheduler: Any) -> str:
+    """What the network behind a diffusers scheduler predicts: one of :data:`PREDICTIONS`.
+
+    Raises:
+        UnsupportedSchedulerError: Its configuration names another type.
+    """
+    if is_flow(scheduler):
+        return "flow"
+    name = getattr(scheduler.config, "prediction_type", "epsilon")
+    name = "flow" if name == "flow_prediction" else name
+    if name not in PREDICTIONS:
+        raise UnsupportedSchedulerError(
+            f"expected a prediction type among {', '.join(PREDICTIONS)}, got {name!r} from {type(scheduler).__name__}"
+        )
+    return name
+
+
+def alpha_sigma(scheduler: Any, t: Tensor) -> tuple[Tensor, Tensor]:
+    r""":math:`\alpha_t, \sigma_t` of :math:`x_t = \alpha_t x_0 + \sigma_t\varepsilon` at training timesteps.
+
+    Args:
+        scheduler: A diffusers scheduler with ``alphas_cumprod``, or of the flow-matching family.
+        t: Timesteps 0 … ``num_train_timesteps``, any shape.
+
+    Returns:
+        Two float64 tensors shaped as ``t``, on the CPU.
+
+    Raises:
+        UnsupportedSchedulerError: The scheduler has no such schedule.
+    """
+    t = t.detach().cpu()
+    if is_flow(scheduler):
+        sigma = t.double() / scheduler.config.num_train_timesteps
+        return 1 - sigma, sigma
+    alphas_cumprod = getattr(scheduler, "alphas_cumprod", None)
+    if not isinstance(alphas_cumprod, Tensor):
+        raise UnsupportedSchedulerError(
+            f"expected a scheduler with alphas_cumprod or of the flow-matching family, got {type(scheduler).__name__}"
+        )
+    schedule = alphas_cumprod.detach().cpu().double()
+    # Some samplers ask the network at fractional timesteps; the schedule is smooth in between.
+    position = t.double().clamp(0, len(schedule) - 1)
+    low = position.floor().long()
+    high = (low + 1).clamp(max=len(schedule) - 1)
+    a = torch.lerp(schedule[low], schedule[high], position - low)
+    return a.sqrt(), (1 - a).sqrt()
+
+
+def target(prediction: str, clean: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """What the network is trained to return (see the table above); all tensors broadcastable."""
+    if prediction == "epsilon":
+        return noise
+    if prediction == "v_prediction":
+        return alpha * noise - sigma * clean
+    if prediction == "sample":
+        return clean
+    return noise - clean
+
+
+def clean_coefficients(prediction: str, alpha: float, sigma: float) -> tuple[float, float]:
+    r"""(a, b) with :math:`x_0 = a\,x_t + b\,g` (see the table above)."""
+    if prediction == "epsilon":
+        return 1 / alpha, -sigma / alpha
+    if prediction == "v_prediction":
+        norm = alpha**2 + sigma**2
+        return alpha / norm, -sigma / norm
+    if prediction == "sample":
+        return 0.0, 1.0
+    return 1 / (alpha + sigma), -sigma / (alpha + sigma)
+
+
+def sampling_coefficients(scheduler: Any, t: Tensor, input_scale: float) -> tuple[float, float] | None:
+    r"""(a, b) with :math:`x_0 = a\,x + b\,g` for the x that a sampler carries at timestep t.
+
+    Samplers in the variance-exploding convention (Euler, Heun, LMS, …) carry :math:`x = x_0 + \tilde\sigma\varepsilon`
+    and show the network :math:`c\,x` with :math:`c = 1/\sqrt{1+\tilde\sigma^2}`; the others carry
+    :math:`x_t` itself, c = 1. So the measured c tells which it is.
+
+    Args:
+        scheduler: The sampler.
+        t: Scalar timestep.
+        input_scale: c.
+
+    Returns:
+        The two numbers, or None where the schedule is of another kind.
+    """
+    prediction = prediction_type(scheduler)
+    try:
+        alpha, sigma = (float(v) for v in alpha_sigma(scheduler, t))
+    except UnsupportedSchedulerError:
+        return None
+    if abs(input_scale - 1) < 1e-6:
+        return None if alpha < 1e-6 and prediction == "epsilon" else clean_coefficients(prediction, alpha, sigma)
+    if not 0 < input_scale < 1 or prediction not in ("epsilon", "sample"):
+        return None
+    return clean_coefficients(prediction, 1.0, (1 / input_scale**2 - 1) ** 0.5)

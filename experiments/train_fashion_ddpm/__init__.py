@@ -1,0 +1,1 @@
+"""Train the zoo model ``fashion-ddpm``: a class-conditional DDPM on Fashion-MNIST."""

@@ -1,0 +1,83 @@
+"""Small real networks, layers and pipelines that the tests share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from diffusers import DDPMScheduler, DiTTransformer2DModel, SD3Transformer2DModel, UNet2DModel
+from torch import Tensor, nn
+
+
+def tiny_unet(*, channels: int = 3, classes: int | None = None, seed: int = 0) -> UNet2DModel:
+    """A U-Net of a few thousand weights, on ``channels`` × 8 × 8."""
+    torch.manual_seed(seed)
+    unet = UNet2DModel(
+        sample_size=8, in_channels=channels, out_channels=channels, layers_per_block=1, block_out_channels=(8, 16),
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        norm_num_groups=4, attention_head_dim=8, num_class_embeds=classes,
+    )  # fmt: skip
+    return unet.eval()
+
+
+def tiny_dit(seed: int = 0) -> DiTTransformer2DModel:
+    torch.manual_seed(seed)
+    return DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=2, sample_size=8,
+        patch_size=2, num_embeds_ada_norm=10,
+    ).eval()  # fmt: skip
+
+
+def tiny_sd3(seed: int = 0) -> SD3Transformer2DModel:
+    torch.manual_seed(seed)
+    return SD3Transformer2DModel(
+        sample_size=8, patch_size=2, in_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=2,
+        joint_attention_dim=16, caption_projection_dim=16, pooled_projection_dim=16, out_channels=4, pos_embed_max_size=8,
+    ).eval()  # fmt: skip
+
+
+def scheduler(**kwargs) -> DDPMScheduler:
+    return DDPMScheduler(**{"num_train_timesteps": 1000, "clip_sample": False, **kwargs})
+
+
+@dataclass(frozen=True)
+class LayerCase:
+    """A layer, inputs that fit it, and residuals shaped as its output."""
+
+    name: str
+    layer: nn.Module
+    inputs: Tensor
+    residuals: Tensor
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def layer_cases() -> list[LayerCase]:
+    """Heads of every kind that is supported, with correlated features as real ones are."""
+    generator = torch.Generator().manual_seed(7)
+
+    def make(name: str, layer: nn.Module, *shape: int) -> LayerCase:
+        with torch.no_grad():
+            for parameter in layer.parameters():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+        inputs = torch.randn(shape, generator=generator)
+        inputs = torch.nn.functional.silu(inputs + torch.randn(shape[0], *(1,) * (len(shape) - 1), generator=generator))
+        with torch.no_grad():
+            residuals = torch.randn(layer(inputs).shape, generator=generator)
+        return LayerCase(name, layer, inputs, residuals)
+
+    return [
+        make("conv3x3", nn.Conv2d(3, 2, 3, padding=1), 6, 3, 5, 4),
+        make("conv3x3-one-channel", nn.Conv2d(3, 1, 3, padding=1), 20, 3, 4, 4),
+        make("conv1x1", nn.Conv2d(4, 3, 1), 6, 4, 3, 3),
+        make("conv5x3-no-bias", nn.Conv2d(2, 2, (5, 3), padding=(2, 1), bias=False), 6, 2, 6, 5),
+        make("conv3x3-circular", nn.Conv2d(3, 2, 3, padding=1, padding_mode="circular"), 6, 3, 4, 5),
+        make("conv3x3-reflect", nn.Conv2d(3, 2, 3, padding=1, padding_mode="reflect"), 6, 3, 4, 5),
+        make("conv4x4-same", nn.Conv2d(2, 2, 4, padding="same"), 6, 2, 5, 5),
+        make("conv3x3-valid", nn.Conv2d(2, 2, 3, padding="valid"), 6, 2, 5, 5),
+        make("conv5x5-lower-than-kernel", nn.Conv2d(2, 1, 5, padding=2), 6, 2, 2, 3),
+        make("linear-tokens", nn.Linear(6, 4), 6, 5, 6),
+        make("linear-tokens-no-bias", nn.Linear(6, 4, bias=False), 6, 5, 6),
+        make("linear-vector", nn.Linear(5, 3), 12, 5),
+    ]
