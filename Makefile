@@ -32,10 +32,11 @@ clean: ## remove the environment, the caches and the maps of the demo
 	find bayesdiff experiments tests tools -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # An install that was interrupted leaves $(UNFINISHED) behind; the next one then starts from nothing.
+# The interpreter is the first thing removed, so that an interrupted removal is noticed as well.
 # torch comes first and alone, so that a failure to get it is seen before everything else is fetched.
 $(READY): pyproject.toml constraints.txt tools/drop_broken_torchvision.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "bayesdiff needs Python 3.10 or newer, got %s from $(PYTHON). Try: make PYTHON=python3.12" % sys.version.split()[0])'
-	@if [ -e $(UNFINISHED) ]; then echo "the last install was interrupted: starting over"; rm -rf $(VENV); fi
+	@if [ -e $(UNFINISHED) ] || [ ! -x $(PY) ]; then rm -rf $(PY) $(VENV); fi
 	@mkdir -p $(VENV) && touch $(UNFINISHED)
 	[ -x $(PY) ] || $(PYTHON) -m venv $(VENV)
 	$(PIP) torch

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from bayesdiff.checks import UnsupportedPipelineError
+from bayesdiff.checks import UnsupportedPipelineError, check_finite
 
 #: Rounding steps that the residual of a linear relation may have, relative to its terms.
 ROUNDING = 32
@@ -31,8 +31,11 @@ def branch_weights(branches: Sequence[Tensor], output: Tensor) -> Tensor:
         w, ``(M,)`` float64 on the CPU.
 
     Raises:
+        NonFiniteError: An output is NaN or infinite.
         UnsupportedPipelineError: No such weights reproduce g to rounding; the message has the residual.
     """
+    for f in (*branches, output):
+        check_finite("network outputs", f, "the network overflows in this dtype: use bfloat16 or float32")
     base = branches[0].double().flatten()
     differences = torch.stack([f.double().flatten() - base for f in branches[1:]] or [base[:0].expand(0)], dim=0)
     rest = output.double().flatten() - base

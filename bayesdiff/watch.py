@@ -230,8 +230,8 @@ class Watch:
         """The pipeline's own call again, its sample shifted in every branch: one output per branch."""
         where, z = self._input(call)
         batch, channels = shift.shape[:2]
-        moved = z.unflatten(0, (-1, batch)).double()
-        moved[:, :, :channels] += shift.to(moved)
+        moved = z.unflatten(0, (-1, batch)).to(torch.float64, copy=True)  # the pipeline's own stays as it is
+        moved[:, :, :channels] += shift
         moved = moved.flatten(0, 1).to(z.dtype)
         args, kwargs = list(call.args), dict(call.kwargs)
         if isinstance(where, int):

@@ -1,9 +1,9 @@
 """Uninstall torchvision from the running environment if, and only if, it cannot be imported.
 
 laplace-torch requires torchvision, but what bayesdiff uses of it does not. The wheel of torchvision on
-the package index is compiled against torch with CUDA. Beside a CPU build of torch its operators do
-not load ("operator torchvision::nms does not exist"), and then transformers and diffusers, which
-import torchvision wherever they find it, cannot be imported either. Without torchvision they can.
+PyPI is compiled against torch with CUDA. Beside a CPU build of torch its operators do not load
+("operator torchvision::nms does not exist"), and then transformers and diffusers, which import
+torchvision wherever they find it, cannot be imported either. Without torchvision they can.
 """
 
 from __future__ import annotations
