@@ -122,17 +122,27 @@ class Statistics:
         nearest = (torch.arange(self.num_bins, device=seen.device)[:, None] - seen).abs().argmin(1)
         return total[seen[nearest]]
 
-    def precision(self, noise_variance: Tensor) -> Tensor:
-        r""":math:`\Lambda = \sum_b \sum \varphi\varphi^\top / \sigma_b^2`, ``(D, D)``, without the prior."""
-        return torch.einsum("bij,b->ij", self.gram, 1 / noise_variance.to(self.gram))
+    def pooled_variance(self) -> float:
+        """The residual variance over all bins together."""
+        return float(self.squared_residuals.sum() / (self.positions.sum() * self.geometry.out_channels))
 
-    def image_scores(self, noise_variance: Tensor) -> Tensor:
-        r""":math:`g_i = \sum_{draws}\sum_p r\varphi^\top/\sigma_b^2`, one row for each image: ``(n, C, D)``."""
+    def precision(self, weights: Tensor) -> Tensor:
+        r""":math:`\sum_b w_b \sum \varphi\varphi^\top`, ``(D, D)``, without the prior.
+
+        Args:
+            weights: :math:`w_b`, one for each bin, ``(T,)``.
+        """
+        return torch.einsum("bij,b->ij", self.gram, weights.to(self.gram))
+
+    def image_scores(self, weights: Tensor) -> Tensor:
+        r""":math:`g_i = \sum_{draws} w_b \sum_p r\varphi^\top`, one row for each image: ``(n, C, D)``.
+
+        Raises:
+            EmptyDataError: No draws were added.
+        """
         if not self._scores:
             raise EmptyDataError("expected at least one image to fit to, got none")
         images, rows = torch.cat(self._score_images).unique(return_inverse=True)
-        weights = 1 / noise_variance.to(self.gram)[torch.cat(self._score_bins)]
-        out = torch.zeros(
-            len(images), self.geometry.out_channels, self.geometry.in_features, dtype=torch.float64, device=weights.device
-        )
-        return out.index_add_(0, rows, torch.cat(self._scores) * weights[:, None, None])
+        by_draw = weights.to(self.gram)[torch.cat(self._score_bins)]
+        out = self.gram.new_zeros(len(images), self.geometry.out_channels, self.geometry.in_features)
+        return out.index_add_(0, rows, torch.cat(self._scores) * by_draw[:, None, None])

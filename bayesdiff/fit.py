@@ -39,6 +39,7 @@ def fit(
     draws_per_image: int = 1,
     dataset_size: int | None = None,
     prior_precision: float | None = None,
+    loss_weights: str | Tensor = "uniform",
     batch_size: int = 64,
     noise_bins: int = 10,
     scheduler: Any = None,
@@ -60,6 +61,9 @@ def fit(
         dataset_size: N, the number of images that the network was trained on; by default n, and the
             posterior is that of a network trained on these n images.
         prior_precision: τ; by default the maximum of the evidence.
+        loss_weights: For the sandwich, the weights over t of the loss that the network was trained with:
+            ``"uniform"`` (DDPM's simple loss, and most others), ``"noise"`` (1/σ_t²), or a tensor with
+            one for each of the ``noise_bins``.
         batch_size: Rows in one network call.
         noise_bins: Equal bins of t in which the noise variance is estimated.
         scheduler: The schedule the network was trained with; by default the pipeline's.
@@ -129,7 +133,7 @@ def fit(
         raise EmptyDataError("expected at least one image to fit to, got none")
     return LaplacePosterior.from_statistics(
         statistics, found, structure=structure, covariance=covariance, prior_precision=prior_precision,
-        dataset_size=dataset_size, num_timesteps=num_timesteps,
+        loss_weights=loss_weights, dataset_size=dataset_size, num_timesteps=num_timesteps,
     )  # fmt: skip
 
 

@@ -72,7 +72,7 @@ def plot_maps(
         maps.append(_magnitude(reference, names[1]))
         if maps[1].shape != maps[0].shape:
             raise ShapeError(
-                f"expected a reference shaped as the standard deviation {tuple(std.shape)}, got {tuple(reference.shape)}"
+                f"expected {names[1]} shaped as {names[0]} {tuple(std.shape)}, got {tuple(reference.shape)}"
             )
     pixels = _pixels(images, tuple(std.shape))
     if titles is not None and len(titles) != len(pixels):
@@ -181,9 +181,10 @@ def _draw(rows: list[tuple[str, Array]], titles: Sequence[str] | None, scale: Sc
     upper = top + cell_h + _GAP
     left = total_w - _RIGHT + _BAR_GAP
     bar_axes = place(left, upper, _BAR_WIDTH, block - cell_h - _GAP)
+    bar_axes.set_label("<colorbar>")  # as matplotlib calls those that it places itself
     bar = figure.colorbar(scale, cax=bar_axes, extend=extend, extendfrac=0.04)
     bar.set_label("std in pixel units (0–1)", fontsize=8, color=_FAINT, labelpad=5)
-    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.outline.set_visible(False)
     bar.ax.tick_params(labelsize=8, length=2.5, width=0.6, color=_FAINT, labelcolor=_INK)
     bar.locator = matplotlib.ticker.MaxNLocator(5)
     bar.update_ticks()

@@ -5,13 +5,20 @@ With features :math:`\varphi` (D of them), noise variance :math:`\sigma_t^2` and
 
     Λ_τ = Σ φφᵀ/σ_t² + τ I          Σ_ggn = Λ_τ⁻¹ ⊗ I_C
 
-(MacKay 1992; Daxberger et al. 2021). It counts every pixel as an independent observation, which pixels
-of one image are not. The robust ("sandwich") covariance (Huber 1967, White 1980; clustered by image) is
+(MacKay 1992; Daxberger et al. 2021). It takes every pixel for an independent observation, which pixels
+of one image are not. The robust ("sandwich") covariance of an M-estimator (Huber 1967, White 1980; clustered
+by image, Liang & Zeger 1986) is
 
-    Σ_sandwich = Λ_τ⁻¹ (Σ_i g_i g_iᵀ) Λ_τ⁻¹          g_i = Σ_{draws, positions of image i} r φᵀ/σ_t²
+    Σ_sandwich = H_τ⁻¹ (Σ_i g_i g_iᵀ) H_τ⁻¹     H_τ = Σ w_t φφᵀ + τ I     g_i = Σ_{draws, positions of i} w_t r φᵀ
 
-with r the residuals. Either is used whole (``structure="full"``) or with each of its matrices cut to
-its diagonal (``"diag"``). The mean is always the pretrained network's own weights.
+with r the residuals and :math:`w_t` the weights of the loss that the network was *trained* with, because that loss
+is what the pretrained weights minimise, and the formula holds at a minimum. Most networks are trained
+with equal weights over t; then :math:`w_t = 1/\bar\sigma^2`, the pooled residual variance. With
+:math:`w_t = 1/\sigma_t^2` (``loss_weights="noise"``) the pretrained weights are no minimum, and the sandwich is
+too large (docs/design.md has the figures).
+
+Either covariance is used whole (``structure="full"``) or with each of its matrices cut to its diagonal
+(``"diag"``). The mean is always the pretrained network's own weights.
 """
 
 from __future__ import annotations
@@ -70,10 +77,13 @@ class LaplacePosterior:
         geometry: How features come from the layer's input.
         structure: ``"full"`` or ``"diag"``.
         covariance: ``"sandwich"`` or ``"ggn"``.
-        precision: Λ without the prior: ``(D, D)``, or its diagonal ``(D,)`` for ``"diag"``.
+        precision: Λ (``"ggn"``) or H (``"sandwich"``) without the prior: ``(D, D)``; its diagonal ``(D,)`` for
+            ``"diag"``.
+        spectrum: The eigenvalues of Λ, or its diagonal for ``"diag"``, ``(D,)``: all that the evidence needs.
         scores: For ``"sandwich"`` a matrix G with :math:`G^\top G = \sum_i g_i g_i^\top`, ``(R, C, D)``
             (R = 1 and the diagonal's square root for ``"diag"``); empty for ``"ggn"``.
         prior_precision: τ.
+        weights: The weight of each timestep bin in the precision and in :math:`g_i`, ``(T,)``.
         noise_variance: :math:`\sigma_b^2` by timestep bin, ``(T,)``.
         log_likelihood: :math:`\log p(\text{data}\mid W)`, in nats.
         num_timesteps: Training timesteps that the bins divide.
@@ -87,8 +97,10 @@ class LaplacePosterior:
     structure: str
     covariance: str
     precision: Tensor
+    spectrum: Tensor
     scores: Tensor
     prior_precision: float
+    weights: Tensor
     noise_variance: Tensor
     log_likelihood: float
     num_timesteps: int
@@ -114,6 +126,7 @@ class LaplacePosterior:
         structure: str = "full",
         covariance: str = "sandwich",
         prior_precision: float | None = None,
+        loss_weights: str | Tensor = "uniform",
         dataset_size: int | None = None,
         num_timesteps: int = 1000,
     ) -> LaplacePosterior:
@@ -125,6 +138,8 @@ class LaplacePosterior:
             structure: ``"full"`` or ``"diag"``.
             covariance: ``"sandwich"`` or ``"ggn"``.
             prior_precision: τ > 0; by default the value that maximises the evidence (MacKay 1992).
+            loss_weights: For the sandwich, the weights over t of the loss that the network was trained
+                with: ``"uniform"``, ``"noise"`` (:math:`1/\sigma_t^2`), or a tensor with one for each bin.
             dataset_size: N, the number of images that the network was trained on: statistics are
                 scaled by N/n. By default n: the posterior of a network trained on the n images given.
             num_timesteps: Training timesteps that the bins of the statistics divide.
@@ -144,29 +159,32 @@ class LaplacePosterior:
         if size < n:
             raise ArgumentError(f"expected dataset_size >= the {n} images fitted to, got {size}")
         scale = size / n
-        precision = scale * statistics.precision(noise)
-        scores = statistics.image_scores(noise) * math.sqrt(scale)
+        weights = 1 / noise
+        if covariance == "sandwich":
+            weights = _loss_weights(loss_weights, noise, statistics.pooled_variance())
+        fisher = scale * statistics.precision(1 / noise)
+        precision = scale * statistics.precision(weights)
+        scores = statistics.image_scores(weights) * math.sqrt(scale)
         if structure == "diag":
-            precision = precision.diagonal().clone()
+            spectrum, precision = fisher.diagonal().clone(), precision.diagonal().clone()
             scores = scores.square().sum(0, keepdim=True).sqrt()
-        elif len(scores) > scores[0].numel():
-            # More images than weights: the triangular factor has the same Gram matrix and fewer rows.
-            shape = scores.shape[1:]
-            scores = torch.linalg.qr(scores.flatten(1), mode="r").R.unflatten(1, shape)
+        else:
+            spectrum = torch.linalg.eigvalsh(fisher)
+            if len(scores) > scores[0].numel():
+                # More images than weights: the triangular factor has the same Gram matrix and fewer rows.
+                scores = torch.linalg.qr(scores.flatten(1), mode="r").R.unflatten(1, scores.shape[1:])
         if covariance == "ggn":
             scores = scores[:0]
         mean = head.weight().cpu()
-        precision, scores, noise = precision.cpu(), scores.cpu(), noise.cpu()
-        c = statistics.geometry.out_channels
-        count = statistics.positions.cpu() * c
-        squares = statistics.squared_residuals.sum(1).cpu()
+        count = statistics.positions * statistics.geometry.out_channels
+        squares = statistics.squared_residuals.sum(1)
         log_likelihood = -0.5 * scale * float((squares / noise + count * torch.log(2 * math.pi * noise)).sum())
+        spectrum = spectrum.cpu()
         if prior_precision is None:
-            spectrum = precision if structure == "diag" else torch.linalg.eigvalsh(precision)
             prior_precision = evidence_prior_precision(spectrum, mean)
         return cls(
-            mean, statistics.geometry, structure, covariance, precision, scores, float(prior_precision), noise,
-            log_likelihood, num_timesteps, n, size, head.path, statistics,
+            mean, statistics.geometry, structure, covariance, precision.cpu(), spectrum, scores.cpu(),
+            float(prior_precision), weights.cpu(), noise.cpu(), log_likelihood, num_timesteps, n, size, head.path, statistics,
         )  # fmt: skip
 
     @property
@@ -343,10 +361,7 @@ class LaplacePosterior:
         does, whichever covariance is used for prediction.
         """
         c, d = self.mean.shape
-        if self.structure == "diag":
-            log_det = float(torch.log(self.precision + self.prior_precision).sum())
-        else:
-            log_det = 2 * float(torch.log(self._cholesky().diagonal()).sum())
+        log_det = float(torch.log(self.spectrum.clamp(min=0) + self.prior_precision).sum())
         scatter = self.prior_precision * float(self.mean.square().sum())
         return self.log_likelihood - 0.5 * (c * (log_det - d * math.log(self.prior_precision)) + scatter)
 
@@ -358,7 +373,8 @@ class LaplacePosterior:
         """
         path = check_output_folder(folder)
         tensors = {
-            "mean": self.mean, "precision": self.precision, "scores": self.scores, "noise_variance": self.noise_variance
+            "mean": self.mean, "precision": self.precision, "spectrum": self.spectrum, "scores": self.scores,
+            "weights": self.weights, "noise_variance": self.noise_variance,
         }  # fmt: skip
         payload = save({k: v.contiguous() for k, v in tensors.items()})
         digest = hashlib.sha256(payload).hexdigest()
@@ -414,8 +430,9 @@ class LaplacePosterior:
             tensors = load_file(file)
             posterior = cls(
                 tensors["mean"], HeadGeometry.from_dict(meta["geometry"]), meta["structure"], meta["covariance"],
-                tensors["precision"], tensors["scores"], meta["prior_precision"], tensors["noise_variance"],
-                meta["log_likelihood"], meta["num_timesteps"], meta["num_images"], meta["dataset_size"], meta["head"],
+                tensors["precision"], tensors["spectrum"], tensors["scores"], meta["prior_precision"],
+                tensors["weights"], tensors["noise_variance"], meta["log_likelihood"], meta["num_timesteps"], meta["num_images"],
+                meta["dataset_size"], meta["head"],
             )  # fmt: skip
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             if isinstance(error, PosteriorFileError):
@@ -428,6 +445,20 @@ class LaplacePosterior:
         if model is not None:
             posterior.check(model)
         return posterior
+
+
+def _loss_weights(choice: str | Tensor, noise: Tensor, pooled: float) -> Tensor:
+    """The weight of each timestep bin in the training loss, in units of 1/(residual variance)."""
+    if isinstance(choice, str):
+        check_choice("loss_weights", choice, ("uniform", "noise"))
+        return 1 / noise if choice == "noise" else torch.full_like(noise, 1 / pooled)
+    weights = torch.as_tensor(choice).to(noise)
+    if weights.shape != noise.shape or not bool((weights >= 0).all()) or not bool(torch.isfinite(weights).all()):
+        raise ArgumentError(
+            f"expected loss_weights 'uniform', 'noise', or {len(noise)} finite numbers >= 0, one for each timestep bin, "
+            f"got {choice}"
+        )
+    return weights / pooled
 
 
 def evidence_prior_precision(spectrum: Tensor, weight: Tensor) -> float:
@@ -443,7 +474,7 @@ def evidence_prior_precision(spectrum: Tensor, weight: Tensor) -> float:
     Returns:
         τ; 1 with a :class:`BayesdiffWarning` when W or the spectrum vanishes and no root exists.
     """
-    values = spectrum.double().clamp(min=0)
+    values = spectrum.double().clamp(min=0)  # eigenvalues of a Gram matrix: below 0 only by rounding
     norm = float(weight.double().square().sum())
     if norm == 0 or float(values.max()) == 0:
         warnings.warn(

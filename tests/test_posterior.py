@@ -57,7 +57,7 @@ def test_variance_equals_explicit_jacobian(case, structure, covariance):
         fitted = posterior(case, structure=structure, covariance=covariance, dataset_size=size, prior_precision=0.7)
         scale = 1 if size is None else size / fitted.num_images
         dense = references.dense_posterior(
-            case.layer, case.inputs, case.residuals, bins, images, fitted.noise_variance,
+            case.layer, case.inputs, case.residuals, bins, images, 1 / fitted.weights,
             prior_precision=0.7, structure=structure, covariance=covariance, scale=scale,
         )  # fmt: skip
         expected = references.dense_variance(case.layer, case.inputs, dense)
@@ -79,7 +79,7 @@ def test_samples_have_the_posterior_covariance(case, structure, covariance):
     fitted = posterior(case, structure=structure, covariance=covariance, prior_precision=0.7)
     bins, images = layout(case)
     dense = references.dense_posterior(
-        case.layer, case.inputs, case.residuals, bins, images, fitted.noise_variance,
+        case.layer, case.inputs, case.residuals, bins, images, 1 / fitted.weights,
         prior_precision=0.7, structure=structure, covariance=covariance,
     )  # fmt: skip
     n = 20_000
@@ -117,7 +117,7 @@ def test_evidence_and_its_maximum(case, structure):
     bins, images = layout(case)
     tau = fitted.prior_precision
     inverse = references.dense_posterior(
-        case.layer, case.inputs, case.residuals, bins, images, fitted.noise_variance,
+        case.layer, case.inputs, case.residuals, bins, images, 1 / fitted.weights,
         prior_precision=1e-12, structure=structure, covariance="ggn",
     )  # fmt: skip
     precision = torch.linalg.inv(inverse)
@@ -135,6 +135,25 @@ def test_evidence_and_its_maximum(case, structure):
 
     assert at(tau) > at(tau * 1.05)
     assert at(tau) > at(tau / 1.05)
+
+
+def test_the_sandwich_has_the_weights_of_the_training_loss():
+    case = LAYERS[0]
+    fitted = posterior(case)
+    pooled = float(case.residuals.double().square().mean())
+    torch.testing.assert_close(fitted.weights, torch.full((BINS,), 1 / pooled, dtype=torch.float64))
+    assert torch.equal(posterior(case, covariance="ggn").weights, 1 / fitted.noise_variance)
+    assert torch.equal(posterior(case, loss_weights="noise").weights, 1 / fitted.noise_variance)
+    own = torch.tensor([1.0, 2.0, 0.5])
+    torch.testing.assert_close(posterior(case, loss_weights=own).weights, own.double() / pooled)
+    # Weights that are all multiplied by one number are the same loss: only the prior's share changes.
+    torch.testing.assert_close(
+        posterior(case, loss_weights=own, prior_precision=1e-9).variance(case.inputs),
+        posterior(case, loss_weights=3 * own, prior_precision=1e-9).variance(case.inputs),
+    )
+    for bad in ("equal", torch.ones(2), -own):
+        with pytest.raises(ArgumentError, match="loss_weights"):
+            posterior(case, loss_weights=bad)
 
 
 def test_noise_variance_is_estimated_by_timestep_bin():
@@ -161,8 +180,8 @@ def test_merging_is_fitting_to_all():
     merged = parts[0].merge(parts[1]).merge(parts[2])
     noise = whole.noise_variance()
     torch.testing.assert_close(merged.noise_variance(), noise, rtol=1e-12, atol=0)
-    torch.testing.assert_close(merged.precision(noise), whole.precision(noise), rtol=1e-9, atol=1e-12)
-    torch.testing.assert_close(merged.image_scores(noise), whole.image_scores(noise), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(merged.precision(1 / noise), whole.precision(1 / noise), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(merged.image_scores(1 / noise), whole.image_scores(1 / noise), rtol=1e-9, atol=1e-12)
     with pytest.raises(ShapeError):
         whole.merge(Statistics(geometry, BINS + 1))
 

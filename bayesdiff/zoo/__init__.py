@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -19,7 +20,15 @@ from bayesdiff.checks import UnknownNameError
 from bayesdiff.zoo.data import ClassImages, read_class_images
 from bayesdiff.zoo.pipeline import ClassConditionalPipeline
 
-__all__ = ["ClassConditionalPipeline", "ClassImages", "build_scheduler", "load", "names", "scheduler_names"]
+__all__ = [
+    "ClassConditionalPipeline",
+    "ClassImages",
+    "build_scheduler",
+    "load",
+    "load_pipeline",
+    "names",
+    "scheduler_names",
+]
 
 _FOLDERS = {"fashion-ddpm": "fashion_ddpm"}
 
@@ -42,7 +51,6 @@ _SCHEDULERS = {
     "sa": "SASolverScheduler",
     "lcm": "LCMScheduler",
     "tcd": "TCDScheduler",
-    "ipndm": "IPNDMScheduler",
 }
 
 
@@ -93,15 +101,31 @@ def load(
     if name not in _FOLDERS:
         _unknown("model", name, _FOLDERS)
     folder = Path(__file__).parent / _FOLDERS[name]
-    trained_with = DDPMScheduler.from_pretrained(folder, subfolder="scheduler", local_files_only=True)
-    sampler = build_scheduler(scheduler, trained_with.config)
+    pipe = load_pipeline(folder, scheduler=scheduler, dtype=dtype)
+    return pipe, read_class_images(folder / "data.npz", pipe.class_names)
+
+
+def load_pipeline(
+    folder: str | os.PathLike[str], *, scheduler: str = "ddim", dtype: torch.dtype = torch.float32
+) -> ClassConditionalPipeline:
+    """``ClassConditionalPipeline.from_pretrained`` without progress bars, and with another scheduler.
+
+    Args:
+        folder: Where ``save_pretrained`` wrote a :class:`ClassConditionalPipeline`.
+        scheduler: What samples it; one of :func:`scheduler_names`.
+        dtype: Of the network.
+
+    Raises:
+        UnknownNameError: There is no such scheduler.
+    """
+    schedule = DDPMScheduler.load_config(folder, subfolder="scheduler", local_files_only=True)
+    sampler = build_scheduler(scheduler, schedule)
+    id2label = ClassConditionalPipeline.load_config(folder, local_files_only=True)["id2label"]
     unet = UNet2DModel.from_pretrained(folder, subfolder="unet", local_files_only=True).eval()
     torch.nn.Module.to(unet, dtype)  # diffusers' own .to() warns of an empty list of modules
-    # What ClassConditionalPipeline.from_pretrained(folder) does, without its progress bars.
-    id2label = ClassConditionalPipeline.load_config(folder, local_files_only=True)["id2label"]
     pipe = ClassConditionalPipeline(unet, sampler, id2label)
     pipe.set_progress_bar_config(disable=True)
-    return pipe, read_class_images(folder / "data.npz", pipe.class_names)
+    return pipe
 
 
 def _unknown(kind: str, name: str, known: Iterable[str]) -> NoReturn:

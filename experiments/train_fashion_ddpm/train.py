@@ -84,9 +84,7 @@ def build_unet() -> UNet2DModel:
 def build_scheduler() -> DDPMScheduler:
     # Linear betas leave √ᾱ_T = 0.006 > 0, so ε-prediction can be sampled from t = T; a cosine
     # schedule would put 1/√ᾱ_T ≈ 2e4 in front of the network's error there.
-    return DDPMScheduler(
-        num_train_timesteps=1000, beta_schedule="linear", prediction_type="epsilon", clip_sample=False
-    )
+    return DDPMScheduler(num_train_timesteps=1000, beta_schedule="linear", prediction_type="epsilon", clip_sample=False)
 
 
 def learning_rate(step: int, s: Settings) -> float:
@@ -123,7 +121,9 @@ class Run:
                 "give the same settings to go on with it, or another --work folder"
             )
         tensors = load_file(self.folder / state["tensors"], device=self.device)
-        group = {p: {k[len(p) :]: v for k, v in tensors.items() if k.startswith(p)} for p in ("net.", "ema.", "m1.", "m2.")}
+        group = {
+            p: {k[len(p) :]: v for k, v in tensors.items() if k.startswith(p)} for p in ("net.", "ema.", "m1.", "m2.")
+        }
         self.unet.load_state_dict(group["net."])
         self.ema = group["ema."]
         self.step, self.seconds = state["step"], state["seconds"]

@@ -1,0 +1,51 @@
+"""What the experiments share: how a result is recorded, and how two maps are compared."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bayesdiff.checks import check_output_folder
+from bayesdiff.io import environment, write_json
+
+RESULTS = Path("experiments/results")
+
+
+def results_folder(name: str, out: Path | None) -> Path:
+    """Where an experiment writes; made and proved writable before it runs."""
+    return check_output_folder(out or RESULTS / name)
+
+
+def record(folder: Path, settings: dict[str, Any], results: Any, device: str = "cpu") -> None:
+    """Write ``results.json``: what came out, with what, and from which settings."""
+    write_json(folder / "results.json", {"settings": settings, "environment": environment(device), "results": results})
+
+
+def agreement(value: Tensor, reference: Tensor) -> dict[str, float]:
+    """How well positive maps agree: Pearson correlation, of the logarithms too, ratio of means, relative L2.
+
+    Args:
+        value, reference: Of one shape, in the same units; all elements are taken together.
+    """
+    v, r = value.double().flatten(), reference.double().flatten()
+    out = {
+        "correlation": float(torch.corrcoef(torch.stack([v, r]))[0, 1]),
+        "ratio": float(v.mean() / r.mean()),
+        "relative_l2": float((v - r).norm() / r.norm()),
+    }
+    if bool((v > 0).all()) and bool((r > 0).all()):
+        out["log_correlation"] = float(torch.corrcoef(torch.stack([v.log(), r.log()]))[0, 1])
+    return out
+
+
+def table(rows: list[dict[str, Any]], columns: dict[str, str]) -> str:
+    """Rows as an aligned text table; ``columns`` maps a key to its format specification."""
+    cells = [
+        [format(row[key], spec) if row.get(key) is not None else "" for key, spec in columns.items()] for row in rows
+    ]
+    widths = [max(len(c) for c in column) for column in zip(list(columns), *cells, strict=True)]
+    lines = ["  ".join(c.rjust(w) for c, w in zip(line, widths, strict=True)) for line in [list(columns), *cells]]
+    return "\n".join(lines)

@@ -1,0 +1,1 @@
+"""Do tangents give the variance that whole trajectories with other weights have?"""
