@@ -6,7 +6,9 @@ a hook takes the head's features, and features and residual go into the sufficie
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -112,9 +114,11 @@ def fit(
             }
             x_t, wanted = noised(scheduler, clean, noise.to(parameter.device), t)
             for part in torch.arange(len(rows)).split(batch_size):
-                arguments = (x_t[part].to(parameter.dtype), t[part].to(parameter.device))
-                batch = {k: v[part] for k, v in conditioning.items()}
-                inputs, output = _call(network, found, *arguments, batch)
+                call = partial(
+                    _forward, network, x_t[part].to(parameter.dtype), t[part].to(parameter.device),
+                    {k: v[part] for k, v in conditioning.items()},
+                )  # fmt: skip
+                inputs, output = _call(call, found)
                 if output.shape != wanted[part].shape:
                     raise ShapeError(
                         f"expected the network to return {tuple(wanted[part].shape)}, as its target, got "
@@ -123,7 +127,7 @@ def fit(
                 residual = wanted[part] - output
                 if found.geometry.kind == "linear":
                     if fold is None:
-                        fold = Fold.read(found, lambda a=arguments, b=batch: _forward(network, *a, b))
+                        fold = Fold.read(found, call)
                     residual = _unfold(fold, residual, inputs, found)
                 bins = (t[part] * noise_bins / num_timesteps).long().clamp(max=noise_bins - 1)
                 statistics.update(inputs, residual, bins, first + rows[part])
@@ -142,17 +146,16 @@ def _forward(network: nn.Module, x: Tensor, t: Tensor, conditioning: Mapping[str
         return network(x, timestep=t, return_dict=False, **conditioning)[0]
 
 
-def _call(
-    network: nn.Module, head: Head, x: Tensor, t: Tensor, conditioning: Mapping[str, Tensor]
-) -> tuple[Tensor, Tensor]:
+def _call(call: partial[Tensor], head: Head) -> tuple[Tensor, Tensor]:
     """One network call: what entered the head, and the network's output."""
     with head.capture() as captured:
         try:
-            output = _forward(network, x, t, conditioning)
+            output = call()
         except RuntimeError as error:
+            network, x, _, conditioning = call.args
             raise ShapeError(
-                f"expected images and conditioning that fit {type(network).__name__}, got images {tuple(x.shape[1:])} and "
-                f"{ {k: tuple(v.shape[1:]) for k, v in conditioning.items()} }; the network says: {error}"
+                f"expected images and conditioning that fit {type(network).__name__}, got images {tuple(x.shape[1:])} "
+                f"and { {k: tuple(v.shape[1:]) for k, v in conditioning.items()} }; the network says: {error}"
             ) from error
     if len(captured) != 1:
         raise UnsupportedHeadError(f"expected one pass through {head.path!r} in a network call, got {len(captured)}")
@@ -162,7 +165,7 @@ def _call(
 def _unfold(fold: Fold, image: Tensor, inputs: Tensor, head: Head) -> Tensor:
     """Residuals from the network's output layout back to the head's: the inverse of the fold."""
     shape = (*inputs.shape[:-1], head.out_channels)
-    size = shape[1:].numel() if isinstance(shape, torch.Size) else torch.Size(shape[1:]).numel()
+    size = math.prod(shape[1:])
     if fold.index is None or fold.index.numel() != size:
         raise UnsupportedHeadError(
             f"expected the network to return all {size} outputs of {head.path!r}, got "
@@ -176,7 +179,7 @@ def _unfold(fold: Fold, image: Tensor, inputs: Tensor, head: Head) -> Tensor:
 def _length(data: Any) -> int | None:
     """The number of images, where the data tell it."""
     if isinstance(data, Tensor) or (isinstance(data, Dataset) and hasattr(data, "__len__")):
-        return len(data)  # type: ignore[arg-type]
+        return len(data)
     return None
 
 

@@ -94,9 +94,7 @@ class HeadGeometry:
             for setting in ("stride", "dilation", "groups"):
                 value = getattr(layer, setting)
                 if any(v != 1 for v in (value if isinstance(value, tuple) else (value,))):
-                    raise UnsupportedHeadError(
-                        f"expected a Conv2d with {setting} 1 at {name!r}, got {setting}={value}"
-                    )
+                    raise UnsupportedHeadError(f"expected a Conv2d with {setting} 1 at {name!r}, got {setting}={value}")
             kh, kw = layer.kernel_size
             if layer.padding == "same":
                 pads = ((kw - 1) // 2, kw - 1 - (kw - 1) // 2, (kh - 1) // 2, kh - 1 - (kh - 1) // 2)
@@ -107,7 +105,7 @@ class HeadGeometry:
                 pads = (pw, pw, ph, ph)
             return cls(
                 "conv", layer.in_channels, layer.out_channels, layer.bias is not None, (kh, kw), pads,
-                layer.padding_mode,  # type: ignore[arg-type]
+                layer.padding_mode,
             )  # fmt: skip
         raise UnsupportedHeadError(
             f"expected an nn.Conv2d or nn.Linear at {name!r}, got {type(layer).__module__}.{type(layer).__qualname__}"
@@ -130,7 +128,8 @@ class HeadGeometry:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> HeadGeometry:
         """The inverse of :meth:`to_dict`."""
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        return cls(**plain)
 
     def check(self, inputs: Tensor) -> None:
         """Raise :class:`ShapeError` unless ``inputs`` can enter the layer."""
@@ -320,9 +319,9 @@ class Head:
 
     def weight(self) -> Tensor:
         """W with the bias as its last column: ``(C, D)``, float64, a copy, on the layer's device."""
-        weight = self.layer.weight.detach().flatten(1).double()  # type: ignore[union-attr, operator]
+        weight = self.layer.weight.detach().flatten(1).double()  # type: ignore[operator]
         if self.geometry.bias:
-            bias = self.layer.bias.detach().double()  # type: ignore[union-attr, operator]
+            bias = self.layer.bias.detach().double()  # type: ignore[operator]
             weight = torch.cat([weight, bias.unsqueeze(1)], dim=1)
         return weight.clone()
 
@@ -472,7 +471,7 @@ class Fold:
             handle.remove()
         index = result.round().long()
         distinct = index.unique().numel()
-        exact = bool((result == index).all()) and 0 <= int(index.min()) and int(index.max()) < sizes[0] <= 2**24
+        exact = bool((result == index).all()) and int(index.min()) >= 0 and int(index.max()) < sizes[0] <= 2**24
         if len(sizes) != 1 or not exact or distinct != index.numel():
             raise UnsupportedPipelineError(
                 f"expected the network's output to be its head's output ({sizes} numbers), permuted, got {distinct} "

@@ -24,6 +24,7 @@ from bayesdiff.head import check_eval, denoiser
 from bayesdiff.parametrization import alpha_sigma, prediction_type
 from bayesdiff.posterior import LaplacePosterior
 from bayesdiff.propagate import Step, Tangents
+from bayesdiff.rng import item_generator
 from bayesdiff.watch import Watch
 
 PROPAGATIONS = ("tangents", "ensemble")
@@ -73,7 +74,8 @@ class UncertaintyPipeline:
         refresh: r, steps between network calls for the tangents' responses; by default about seven
             refreshes in a run.
         generator: For the weight draws, which are made once, here: maps of one object share them, and do
-            not depend on the batch. By default seeded with 0, so the same seed gives the same map.
+            not depend on the batch. By default one fixed seed (apart from those of samples), so that the same
+            sampling seed gives the same map.
         head: Exact path of the output layer; by default where the posterior was fitted.
 
     Raises:
@@ -107,7 +109,7 @@ class UncertaintyPipeline:
             )
         self.head = posterior.check(pipe, head)
         check_eval(self.network)
-        generator = torch.Generator().manual_seed(0) if generator is None else generator
+        generator = item_generator(0, 1) if generator is None else generator
         self.deviations = posterior.deviations(self.num_tangents, generator)
 
     def __call__(self, *args: Any, **kwargs: Any) -> UncertaintyOutput:
@@ -133,15 +135,14 @@ class UncertaintyPipeline:
             def start(scheduler: Any) -> None:
                 nonlocal tangents
                 check_schedule(scheduler)
-                refresh = self.refresh or max(1, round((len(scheduler.timesteps) - 1) / 7))
-                tangents = stack.enter_context(
-                    Tangents(self.deviations, self.posterior.geometry, scheduler, watch.fold, refresh)
-                )
+                refresh = self.refresh or default_refresh(len(scheduler.timesteps))
+                tangents = Tangents(self.deviations, self.posterior.geometry, scheduler, refresh)
+                stack.enter_context(tangents)
 
             def follow(step: Step) -> None:
-                variance = watch.fold(self.posterior.variance(step.features))[:, : step.output.shape[1]]
-                steps.append(Gaussian(step.output.to(variance.dtype), variance))
-                tangents.advance(step)
+                steps.append(self._predict(step))
+                if tangents is not None:
+                    tangents.advance(step)
 
             watch = stack.enter_context(Watch(self.pipe, self.network, self.head, follow, start))
             output = self.pipe(*args, **kwargs)
@@ -160,8 +161,7 @@ class UncertaintyPipeline:
         steps: list[Gaussian] = []
 
         def follow(step: Step) -> None:
-            variance = watch.fold(self.posterior.variance(step.features))[:, : step.output.shape[1]]
-            steps.append(Gaussian(step.output.to(variance.dtype), variance))
+            steps.append(self._predict(step))
 
         with Watch(self.pipe, self.network, self.head, follow, check_schedule) as watch:
             output = self.pipe(*args, **kwargs)
@@ -189,6 +189,11 @@ class UncertaintyPipeline:
         latents = Gaussian(mean.float(), (squares / (len(self.deviations) - 1)).float())
         return self._output(output, latents, plain, steps, calls, watch.own_calls)
 
+    def _predict(self, step: Step) -> Gaussian:
+        """The (guided) output of one step, and its closed-form variance."""
+        variance = step.fold(self.posterior.variance(step.features))[:, : step.output.shape[1]]
+        return Gaussian(step.output.to(variance.dtype), variance)
+
     def _output(
         self, output: Any, latents: Gaussian, plain: Tensor, steps: list[Gaussian], calls: int, own_calls: int
     ) -> UncertaintyOutput:
@@ -196,6 +201,11 @@ class UncertaintyPipeline:
         _check_pixels(images, plain)
         # Pixels are x/2 + 1/2, so variances are divided by 4.
         return UncertaintyOutput(images, latents.variance / 4, latents, steps, calls, own_calls, output)
+
+
+def default_refresh(num_steps: int) -> int:
+    """About seven refreshes in a run of ``num_steps``."""
+    return max(1, round((num_steps - 1) / 7))
 
 
 def check_schedule(scheduler: Any) -> None:
@@ -239,7 +249,9 @@ def _check_pixels(images: Any, sample: Tensor) -> None:
     x = sample.detach().float().cpu()
     seen = _as_tensor(images)
     if seen.shape != x.shape:
-        raise ShapeError(f"expected images shaped as the sampler's last sample {tuple(x.shape)}, got {tuple(seen.shape)}")
+        raise ShapeError(
+            f"expected images shaped as the sampler's last sample {tuple(x.shape)}, got {tuple(seen.shape)}"
+        )
     apart = min(float((seen - (x / 2 + 0.5).clamp(0, 1)).abs().max()), float((seen - x).abs().max()))
     if not apart <= 1 / 255:
         raise UnsupportedPipelineError(

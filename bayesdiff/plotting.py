@@ -28,7 +28,7 @@ COLOUR_MAP = "inferno"  # perceptually uniform, black where the network is sure
 MAX_COLUMNS = 8
 
 # In inches: the frame of the figure and the gaps between its panels.
-_LEFT, _RIGHT, _BOTTOM, _TOP, _GAP, _BLOCK_GAP = 0.34, 0.9, 0.12, 0.34, 0.05, 0.42
+_LEFT, _RIGHT, _BOTTOM, _TOP, _GAP, _BLOCK_GAP = 0.34, 0.96, 0.12, 0.34, 0.05, 0.42
 _BAR_GAP, _BAR_WIDTH = 0.12, 0.11
 _INK, _FAINT = "#1a1a1a", "#595959"
 

@@ -207,7 +207,7 @@ class LaplacePosterior:
                 f"expected a head with {self.geometry}, got {found.geometry}: the posterior is of another network"
             )
         # A network that was cast to half precision since still has our weights, rounded.
-        dtype: torch.dtype = found.layer.weight.dtype  # type: ignore[union-attr, assignment]
+        dtype: torch.dtype = found.layer.weight.dtype  # type: ignore[assignment]
         if not torch.equal(self.mean.to(dtype).double(), weight):
             raise HeadMismatchError(
                 f"expected the head's weights to have the fingerprint {self.fingerprint[:12]}…, got "
@@ -219,7 +219,9 @@ class LaplacePosterior:
     def _cholesky(self) -> Tensor:
         """L with LLᵀ = Λ + τI (``"full"``), float64."""
         d = len(self.precision)
-        factor, info = torch.linalg.cholesky_ex(self.precision + self.prior_precision * torch.eye(d, dtype=torch.float64))
+        factor, info = torch.linalg.cholesky_ex(
+            self.precision + self.prior_precision * torch.eye(d, dtype=torch.float64)
+        )
         if int(info) != 0:
             least = torch.linalg.eigvalsh(self.precision)[0].item()
             raise NotPositiveDefiniteError(
@@ -353,7 +355,7 @@ class LaplacePosterior:
         return self.mean + self.deviations(n, generator)
 
     def log_marginal_likelihood(self) -> float:
-        r"""The Laplace evidence, in nats:
+        r"""The Laplace evidence, in nats.
 
             log p(data | W) − ½ [C log det(Λ_τ) − C D log τ + τ ‖W‖²]
 
@@ -441,7 +443,9 @@ class LaplacePosterior:
                 f"expected a posterior saved by LaplacePosterior.save in {str(path)!r}, got {type(error).__name__}: {error}"
             ) from error
         if posterior.fingerprint != meta["fingerprint"]:
-            raise PosteriorFileError(f"expected the fingerprint {meta['fingerprint']} in {path}, got {posterior.fingerprint}")
+            raise PosteriorFileError(
+                f"expected the fingerprint {meta['fingerprint']} in {path}, got {posterior.fingerprint}"
+            )
         if model is not None:
             posterior.check(model)
         return posterior

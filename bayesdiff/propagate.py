@@ -40,6 +40,7 @@ class Step:
         sample: :math:`x_t`, ``(B, C, H, W)``.
         arguments: The other arguments of ``scheduler.step``.
         features: ψ, what entered the head, guided: weights times branches.
+        fold: From the head's output to the network's.
         input_scale: c, the network's input is c·x.
         respond: δx ``(B, C, H, W)`` to Jδx, by one network evaluation of the pipeline's own call.
     """
@@ -50,6 +51,7 @@ class Step:
     sample: Tensor
     arguments: dict[str, Any]
     features: Tensor
+    fold: Fold
     input_scale: float
     respond: Callable[[Tensor], Tensor]
 
@@ -61,14 +63,11 @@ class Tangents:
         deviations: δW, ``(K, C, D)``.
         geometry: The head's.
         scheduler: The sampler, before its first step; copied.
-        fold: From the head's output to the network's.
         refresh: r, the response is computed at steps 1, 1 + r, 1 + 2r, … (at step 0 it is 0).
     """
 
-    def __init__(
-        self, deviations: Tensor, geometry: HeadGeometry, scheduler: Any, fold: Fold, refresh: int
-    ) -> None:
-        self.deviations, self.geometry, self.fold, self.refresh = deviations, geometry, fold, refresh
+    def __init__(self, deviations: Tensor, geometry: HeadGeometry, scheduler: Any, refresh: int) -> None:
+        self.deviations, self.geometry, self.refresh = deviations, geometry, refresh
         self.linearized = LinearizedScheduler(scheduler, len(deviations))
         self.delta: Tensor | None = None  # δx, (K, B, C, H, W)
         self._responses: list[tuple[int, Tensor]] = []  # the last two (step, response / size)
@@ -84,12 +83,14 @@ class Tangents:
         """δWψ, ``(K, B, C, H, W)``."""
         dtype = torch.promote_types(step.features.dtype, torch.float32)
         weights = self.deviations.to(step.features.device, dtype)
-        shift = self.fold(self.geometry.apply(step.features.to(dtype), weights), lead=2)
+        shift = step.fold(self.geometry.apply(step.features.to(dtype), weights), lead=2)
         return shift[:, :, : step.output.shape[1]]
 
     def _response(self, step: Step, delta: Tensor) -> Tensor:
         """J δx: computed at a refresh, predicted between."""
-        coefficients = sampling_coefficients(self.linearized.scheduler, torch.as_tensor(step.timestep), step.input_scale)
+        coefficients = sampling_coefficients(
+            self.linearized.scheduler, torch.as_tensor(step.timestep), step.input_scale
+        )
         a, b = coefficients or (0.0, 1.0)
         size = delta.flatten(2).square().mean(-1).sqrt().view(*delta.shape[:2], *(1,) * (delta.ndim - 2))
         safe = torch.where(size > 0, size, 1.0)
@@ -111,9 +112,7 @@ class Tangents:
             delta = torch.zeros_like(d_output, dtype=torch.float64)
         else:
             d_output = d_output + self._response(step, delta)
-        self.delta = self.linearized.step(
-            d_output, delta, step.output, step.timestep, step.sample, **step.arguments
-        )
+        self.delta = self.linearized.step(d_output, delta, step.output, step.timestep, step.sample, **step.arguments)
 
     def variance(self) -> Tensor:
         """Var[x_0], ``(B, C, H, W)`` float32.

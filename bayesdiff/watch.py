@@ -187,7 +187,15 @@ class Watch:
             return (combine(weights, [o[:, :channels] for o in shifted]).double() - reference.double()) / h
 
         return Step(
-            self.steps, output.detach(), timestep, sample.detach(), arguments, combine(weights, features), scale, respond
+            self.steps,
+            output.detach(),
+            timestep,
+            sample.detach(),
+            arguments,
+            combine(weights, features),
+            self.fold,
+            scale,
+            respond,
         )
 
     def _input(self, call: Call) -> tuple[str | int, Tensor]:

@@ -28,7 +28,8 @@ def agreement(value: Tensor, reference: Tensor) -> dict[str, float]:
     """How well positive maps agree: Pearson correlation, of the logarithms too, ratio of means, relative L2.
 
     Args:
-        value, reference: Of one shape, in the same units; all elements are taken together.
+        value: Any shape; all elements are taken together.
+        reference: The same shape and units.
     """
     v, r = value.double().flatten(), reference.double().flatten()
     out = {

@@ -20,7 +20,11 @@ CASES = {
     "ddim-clip": (diffusers.DDIMScheduler, {"clip_sample": True}, {}),
     "ddim-clip-eta": (diffusers.DDIMScheduler, {"clip_sample": True}, {"eta": 1.0}),
     "ddim-clip-reused": (diffusers.DDIMScheduler, {"clip_sample": True}, {"use_clipped_model_output": True}),
-    "ddim-threshold": (diffusers.DDIMScheduler, {"clip_sample": False, "thresholding": True, "sample_max_value": 3.0}, {}),
+    "ddim-threshold": (
+        diffusers.DDIMScheduler,
+        {"clip_sample": False, "thresholding": True, "sample_max_value": 3.0},
+        {},
+    ),
     "ddim-v": (diffusers.DDIMScheduler, {"clip_sample": False, "prediction_type": "v_prediction"}, {}),
     "ddim-x0": (diffusers.DDIMScheduler, {"clip_sample": True, "prediction_type": "sample"}, {}),
     "ddpm": (diffusers.DDPMScheduler, {"clip_sample": False}, {}),
@@ -73,7 +77,9 @@ def test_chain_derivative_equals_finite_difference(name):
     base.set_timesteps(STEPS)
     generator = torch.Generator().manual_seed(0)
     batch, k, shape = 3, 2, (2, 4, 4)
-    x = torch.randn(batch, *shape, generator=generator, dtype=torch.float64) * float(getattr(base, "init_noise_sigma", 1.0))
+    x = torch.randn(batch, *shape, generator=generator, dtype=torch.float64) * float(
+        getattr(base, "init_noise_sigma", 1.0)
+    )
     mix = torch.randn(2, 2, generator=generator, dtype=torch.float64) * 0.3 + 0.5 * torch.eye(2, dtype=torch.float64)
     shift = torch.randn(*shape, generator=generator, dtype=torch.float64) * 0.5
     steps = len(base.timesteps)

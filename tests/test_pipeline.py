@@ -54,7 +54,9 @@ def seeds(*values):
 @pytest.mark.parametrize("propagation", ["tangents", "ensemble"])
 def test_images_are_the_pipes_own(name, propagation):
     pipe, posterior, kwargs = make(name)
-    plain = pipe(batch_size=2, generator=torch.Generator().manual_seed(0), num_inference_steps=5, output_type="np", **kwargs)
+    plain = pipe(
+        batch_size=2, generator=torch.Generator().manual_seed(0), num_inference_steps=5, output_type="np", **kwargs
+    )
     generator = torch.Generator().manual_seed(0)
     up = UncertaintyPipeline(pipe, posterior, propagation=propagation, num_tangents=3)
     out = up(batch_size=2, generator=generator, num_inference_steps=5, output_type="np", **kwargs)
@@ -190,7 +192,9 @@ class GuidedPipeline(DDIMPipeline):
                 f_u, f_c = self.unet(torch.cat([x, x]), t, class_labels=torch.cat(labels)).sample.chunk(2)
             g = f_u + scale * (f_c - f_u)
             if self.rescale:
-                g = g * (1 - self.rescale + self.rescale * f_c.std((1, 2, 3), keepdim=True) / g.std((1, 2, 3), keepdim=True))
+                g = g * (
+                    1 - self.rescale + self.rescale * f_c.std((1, 2, 3), keepdim=True) / g.std((1, 2, 3), keepdim=True)
+                )
             x = self.scheduler.step(g, t, x).prev_sample
             x = x + self.mix
         images = (x / 2 + 0.5).clamp(0, 1)
@@ -282,34 +286,51 @@ def test_bad_input():
         UncertaintyPipeline(pipe, posterior, propagation="ensemble")(num_inference_steps=2)
     with pytest.raises(HeadNotFoundError, match="unet"):
         UncertaintyPipeline(object(), posterior)
+    latent = copy.copy(pipe)
+    object.__setattr__(latent, "vae", torch.nn.Identity())
     with pytest.raises(UnsupportedPipelineError, match="decodes latents"):
-        latent = copy.copy(pipe)
-        object.__setattr__(latent, "vae", torch.nn.Identity())
         UncertaintyPipeline(latent, posterior)
-    pipe.unet.train()
-    with pytest.raises(ArgumentError, match="evaluation mode") if any(
-        isinstance(m, torch.nn.Dropout) and m.p > 0 for m in pipe.unet.modules()
-    ) else pytest.raises(NegativeVarianceError):
-        UncertaintyPipeline(pipe, posterior)
-        Gaussian(torch.zeros(1), torch.full((1,), -1.0))
-    pipe.unet.eval()
+
+
+def test_random_networks_are_refused():
+    pipe, posterior, _ = make()
+    dropping = copy.deepcopy(pipe.unet)
+    dropping.mid_block.resnets[0].dropout.p = 0.1
+    other = DDIMPipeline(dropping, pipe.scheduler)
+    UncertaintyPipeline(other, posterior)
+    dropping.train()
+    with pytest.raises(ArgumentError, match="evaluation mode"):
+        UncertaintyPipeline(other, posterior)
+    with pytest.raises(ArgumentError, match="evaluation mode"):
+        fit(other, torch.zeros(2, 1, 8, 8), progress=False)
+
+
+def test_a_poisoned_network_is_noticed():
+    pipe, posterior, _ = make()
+    poisoned = copy.deepcopy(pipe.unet)
+    with torch.no_grad():
+        poisoned.conv_in.weight.fill_(float("nan"))
+    up = UncertaintyPipeline(DDIMPipeline(poisoned, pipe.scheduler), posterior)
     with pytest.raises(NonFiniteError):
-        poisoned = copy.deepcopy(pipe.unet)
-        with torch.no_grad():
-            poisoned.conv_in.weight.fill_(float("nan"))
-        UncertaintyPipeline(DDIMPipeline(poisoned, pipe.scheduler), posterior)(generator=seeds(0), num_inference_steps=2)
+        up(generator=seeds(0), num_inference_steps=2)
+
+
+def test_gaussians_are_checked():
     with pytest.raises(ShapeError):
         Gaussian(torch.zeros(2), torch.zeros(3))
+    for bad in (-1.0, float("nan")):
+        with pytest.raises(NegativeVarianceError):
+            Gaussian(torch.zeros(1), torch.full((1,), bad))
 
 
 def test_zero_terminal_snr_is_refused():
     pipe, posterior, _ = make()
     cosine = DDIMScheduler(beta_schedule="squaredcos_cap_v2", clip_sample=False, timestep_spacing="trailing")
+    bad = DDIMPipeline(pipe.unet, pipe.scheduler)
+    bad.scheduler = cosine
+    up = UncertaintyPipeline(bad, posterior)
     with pytest.raises(UnsupportedSchedulerError, match="zero terminal SNR"):
-        UncertaintyPipeline(DDIMPipeline(pipe.unet, pipe.scheduler), posterior)  # fine so far
-        bad = DDIMPipeline(pipe.unet, pipe.scheduler)
-        bad.scheduler = cosine
-        UncertaintyPipeline(bad, posterior)(generator=seeds(0), num_inference_steps=3)
+        up(generator=seeds(0), num_inference_steps=3)
 
 
 def test_a_loaded_posterior_gives_the_same_map(tmp_path):

@@ -215,7 +215,15 @@ def test_save_and_load(tmp_path, structure, covariance):
     assert loaded.log_marginal_likelihood() == fitted.log_marginal_likelihood()
     seeds = [torch.Generator().manual_seed(2) for _ in range(2)]
     assert torch.equal(loaded.sample(3, seeds[0]), fitted.sample(3, seeds[1]))
-    for name in ("structure", "covariance", "prior_precision", "dataset_size", "num_images", "head_path", "fingerprint"):
+    for name in (
+        "structure",
+        "covariance",
+        "prior_precision",
+        "dataset_size",
+        "num_images",
+        "head_path",
+        "fingerprint",
+    ):
         assert getattr(loaded, name) == getattr(fitted, name)
 
 
@@ -229,7 +237,7 @@ def test_damaged_files(tmp_path):
     whole, meta = tensors.read_bytes(), (folder / "posterior.json").read_text()
     for broken in (whole[:-20], whole[:10], b"", whole[:-1] + bytes([whole[-1] ^ 1])):
         tensors.write_bytes(broken)
-        with pytest.raises(PosteriorFileError, match="damaged|expected"):
+        with pytest.raises(PosteriorFileError, match=r"damaged|expected"):
             LaplacePosterior.load(folder)
     tensors.write_bytes(whole)
     for broken in (meta[: len(meta) // 2], "[]", "{}", json.dumps({**json.loads(meta), "format": 99})):
@@ -267,7 +275,7 @@ def test_bad_input_is_refused():
     for bad in (float("nan"), float("inf")):
         x = case.inputs.clone()
         x[1, 2, 0, 0] = bad
-        with pytest.raises(NonFiniteError, match="1 NaN|1 infinite"):
+        with pytest.raises(NonFiniteError, match=r"1 NaN|1 infinite"):
             fitted.variance(x)
         with pytest.raises(NonFiniteError):
             Statistics(fitted.geometry, 1).update(x, case.residuals, *layout(case))

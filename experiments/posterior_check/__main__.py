@@ -129,9 +129,15 @@ def main(
     grams, crosses = image_moments(pipe, data, fitted.weights, draw_seed, draws)
     heads = refits(grams, crosses, fitted.prior_precision, refits_number, torch.Generator().manual_seed(seed + 1))
     head = bayesdiff.find_head(pipe)
+    if fitted.statistics is None or data.heldout is None:
+        raise RuntimeError("expected a fresh fit and held-out data")
     posteriors = {
         (structure, covariance): LaplacePosterior.from_statistics(
-            fitted.statistics, head, structure=structure, covariance=covariance, loss_weights=loss_weights,
+            fitted.statistics,
+            head,
+            structure=structure,
+            covariance=covariance,
+            loss_weights=loss_weights,
             prior_precision=fitted.prior_precision,
         )
         for structure in ("full", "diag")
