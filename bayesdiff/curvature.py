@@ -61,19 +61,19 @@ class Statistics:
                 f"{len(inputs)}, {len(residuals)}, {len(bins)}, {len(images)}"
             )
         hint = "the network overflows in this dtype: use bfloat16 or float32"
-        x = check_finite("features", inputs, hint).to(self.gram)
-        r = check_finite("residuals", residuals, hint).to(self.gram)
-        device = self.gram.device
+        dtype, device = torch.promote_types(inputs.dtype, torch.float32), self.gram.device
+        x = check_finite("features", inputs, hint).to(device, dtype)
+        r = check_finite("residuals", residuals, hint).to(device, dtype)
         bins, images = bins.to(device), images.to(device)
         channel = 1 if self.geometry.kind == "conv" else -1
         by_channel = r.movedim(channel, 1).reshape(len(r), self.geometry.out_channels, -1)  # (B, C, P)
         for b in bins.unique().tolist():
             chosen = bins == b
             self.gram[b] += self.geometry.gram(x[chosen])
-        self.squared_residuals.index_add_(0, bins, by_channel.square().sum(2))
+        self.squared_residuals.index_add_(0, bins, by_channel.square().sum(2, dtype=torch.float64))
         ones = torch.full((len(bins),), float(by_channel.shape[2]), dtype=torch.float64, device=device)
         self.positions.index_add_(0, bins, ones)
-        self._scores.append(self.geometry.outer(x, r))
+        self._scores.append(self.geometry.outer(x, r).double())
         self._score_images.append(images)
         self._score_bins.append(bins)
 

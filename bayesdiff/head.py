@@ -217,7 +217,11 @@ class HeadGeometry:
         return self.apply(inputs.square(), variances.unsqueeze(0))[0]
 
     def gram(self, inputs: Tensor) -> Tensor:
-        r""":math:`\sum_{b,p}\varphi_{bp}\varphi_{bp}^\top`, ``(D, D)`` in the dtype of ``inputs``.
+        r""":math:`\sum_{b,p}\varphi_{bp}\varphi_{bp}^\top`, ``(D, D)`` float64.
+
+        The products are summed in the dtype of ``inputs`` (float32 at least) after the mean of each channel is
+        taken away, and the mean is put back in float64: features after an activation are far from
+        centred, and their common part would cost float32 the digits that small eigenvalues need.
 
         For a convolution the patches overlap: the product of two entries depends on where the patch
         is only through its border rows. So the sum over all patches whose rows are inside is done once
@@ -225,13 +229,34 @@ class HeadGeometry:
         work than multiplying out the im2col matrix.
         """
         self.check(inputs)
-        d, n = self.in_features, self.num_weights
+        x = inputs.to(torch.promote_types(inputs.dtype, torch.float32))
         if self.kind == "linear":
-            phi = self.design(inputs).flatten(0, 1)
-            return phi.T @ phi
-        padded = self.pad(inputs)
+            flat = x.reshape(-1, self.in_channels)
+            mean = flat.mean(0)
+            flat = flat - mean
+            centred, first, count = (flat.T @ flat).double(), flat.sum(0, dtype=torch.float64), len(flat)
+            shift = mean.double()
+        else:
+            mean = x.mean((0, 2, 3))
+            padded = self.pad(x) - mean[:, None, None]
+            windows = self._shifts(padded.sum(0, keepdim=True, dtype=torch.float64))
+            centred = self._patch_products(padded).double()
+            first = torch.stack([w.sum((0, 2, 3)) for w in windows], dim=1).flatten()
+            count = len(x) * windows[0].shape[2] * windows[0].shape[3]
+            shift = mean.double().repeat_interleave(len(windows))
+        total = first + count * shift  # Σ φ
+        out = x.new_empty(self.in_features, self.in_features, dtype=torch.float64)
+        n = self.num_weights
+        out[:n, :n] = centred + torch.outer(shift, first) + torch.outer(total, shift)
+        if self.bias:
+            out[:n, n] = out[n, :n] = total
+            out[n, n] = count
+        return out
+
+    def _patch_products(self, padded: Tensor) -> Tensor:
+        """Σ over patches of patch ⊗ patch, ``(C_in·k_h·k_w, C_in·k_h·k_w)``, for a padded convolution input."""
         kh, kw = self.kernel_size
-        height, width = padded.shape[2] - kh + 1, padded.shape[3] - kw + 1
+        height = padded.shape[2] - kh + 1
         # rows[r]: all horizontal patches of the padded row r, (Hp, B·W', C_in·k_w).
         rows = padded.unfold(3, kw, 1).permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2)
         q = self.in_channels * kw
@@ -242,30 +267,22 @@ class HeadGeometry:
             a = rows[first:last].flatten(0, 1)
             return a.T @ (a if offset == 0 else rows[first + offset : last + offset].flatten(0, 1))
 
-        blocks = inputs.new_zeros(kh, q, kh, q)
+        blocks = padded.new_zeros(kh, q, kh, q)
         for offset in range(kh):
-            common_first, common_last = kh - 1 - offset, height  # rows that every patch position shares
-            if common_last <= common_first:  # an image lower than the kernel: nothing is shared
-                for i in range(kh - offset):
-                    blocks[i, :, i + offset, :] = product(i, i + height, offset)
-            else:
-                common = product(common_first, common_last, offset)
-                for i in range(kh - offset):
-                    above, below = product(i, common_first, offset), product(common_last, i + height, offset)
-                    blocks[i, :, i + offset, :] = common + above + below
-            if offset:
-                for i in range(kh - offset):
-                    blocks[i + offset, :, i, :] = blocks[i, :, i + offset, :].T
+            # Rows that every position of the patch shares; none in an image lower than the kernel.
+            inner = (kh - 1 - offset, height) if height > kh - 1 - offset else None
+            common = product(*inner, offset) if inner else None
+            for i in range(kh - offset):
+                if common is None or inner is None:
+                    block = product(i, i + height, offset)
+                else:
+                    block = common + product(i, inner[0], offset) + product(inner[1], i + height, offset)
+                blocks[i, :, i + offset, :] = block
+                if offset:
+                    blocks[i + offset, :, i, :] = block.T
         # (k_h, C_in, k_w, k_h, C_in, k_w) to the order of the layer's weights, (C_in, k_h, k_w).
         ordered = blocks.view(kh, self.in_channels, kw, kh, self.in_channels, kw)
-        ordered = ordered.permute(1, 0, 2, 4, 3, 5).reshape(n, n)
-        if not self.bias:
-            return ordered
-        out = inputs.new_empty(d, d)
-        out[:n, :n] = ordered
-        out[:n, n] = out[n, :n] = torch.stack([x.sum((0, 2, 3)) for x in self._shifts(padded)], dim=1).flatten()
-        out[n, n] = len(inputs) * height * width
-        return out
+        return ordered.permute(1, 0, 2, 4, 3, 5).reshape(self.num_weights, self.num_weights)
 
     def outer(self, inputs: Tensor, outputs: Tensor) -> Tensor:
         r""":math:`\sum_p r_{bp}\varphi_{bp}^\top`: one gradient of the layer's weights per sample.

@@ -68,16 +68,16 @@ def layer_cases() -> list[LayerCase]:
         return LayerCase(name, layer, inputs, residuals)
 
     return [
-        make("conv3x3", nn.Conv2d(3, 2, 3, padding=1), 6, 3, 5, 4),
+        make("conv3x3", nn.Conv2d(3, 2, 3, padding=1), 16, 3, 5, 4),
         make("conv3x3-one-channel", nn.Conv2d(3, 1, 3, padding=1), 20, 3, 4, 4),
-        make("conv1x1", nn.Conv2d(4, 3, 1), 6, 4, 3, 3),
-        make("conv5x3-no-bias", nn.Conv2d(2, 2, (5, 3), padding=(2, 1), bias=False), 6, 2, 6, 5),
-        make("conv3x3-circular", nn.Conv2d(3, 2, 3, padding=1, padding_mode="circular"), 6, 3, 4, 5),
-        make("conv3x3-reflect", nn.Conv2d(3, 2, 3, padding=1, padding_mode="reflect"), 6, 3, 4, 5),
-        make("conv4x4-same", nn.Conv2d(2, 2, 4, padding="same"), 6, 2, 5, 5),
-        make("conv3x3-valid", nn.Conv2d(2, 2, 3, padding="valid"), 6, 2, 5, 5),
-        make("conv5x5-lower-than-kernel", nn.Conv2d(2, 1, 5, padding=2), 6, 2, 2, 3),
-        make("linear-tokens", nn.Linear(6, 4), 6, 5, 6),
-        make("linear-tokens-no-bias", nn.Linear(6, 4, bias=False), 6, 5, 6),
+        make("conv1x1", nn.Conv2d(4, 3, 1), 16, 4, 3, 3),
+        make("conv5x3-no-bias", nn.Conv2d(2, 2, (5, 3), padding=(2, 1), bias=False), 16, 2, 16, 5),
+        make("conv3x3-circular", nn.Conv2d(3, 2, 3, padding=1, padding_mode="circular"), 16, 3, 4, 5),
+        make("conv3x3-reflect", nn.Conv2d(3, 2, 3, padding=1, padding_mode="reflect"), 16, 3, 4, 5),
+        make("conv4x4-same", nn.Conv2d(2, 2, 4, padding="same"), 16, 2, 5, 5),
+        make("conv3x3-valid", nn.Conv2d(2, 2, 3, padding="valid"), 16, 2, 5, 5),
+        make("conv5x5-lower-than-kernel", nn.Conv2d(2, 1, 5, padding=2), 16, 2, 2, 3),
+        make("linear-tokens", nn.Linear(6, 4), 16, 5, 6),
+        make("linear-tokens-no-bias", nn.Linear(6, 4, bias=False), 16, 5, 6),
         make("linear-vector", nn.Linear(5, 3), 12, 5),
     ]

@@ -72,7 +72,11 @@ def test_linear_algebra_equals_explicit_jacobian(case):
         for j in range(c):
             torch.testing.assert_close(jac[:, :, i, j], phi if i == j else torch.zeros_like(phi))
     torch.testing.assert_close(geometry.design(x), phi)
-    torch.testing.assert_close(geometry.gram(x), torch.einsum("bpi,bpj->ij", phi, phi), rtol=1e-10, atol=1e-10)
+    expected = torch.einsum("bpi,bpj->ij", phi, phi)
+    torch.testing.assert_close(geometry.gram(x), expected, rtol=1e-10, atol=1e-10)
+    in_float32 = geometry.gram(case.inputs)
+    assert in_float32.dtype == torch.float64
+    assert float((in_float32 - expected).abs().max() / expected.abs().max()) < 5e-6
     channel = 1 if geometry.kind == "conv" else -1
     by_position = r.movedim(channel, -1).flatten(1, -2) if r.ndim > 2 else r[:, None]
     expected = torch.einsum("bpc,bpd->bcd", by_position, phi)

@@ -43,9 +43,9 @@ def statistics(case, *, dtype=torch.float32):
     return out
 
 
-def posterior(case, **kwargs):
+def posterior(case, dtype=torch.float64, **kwargs):
     head = Head("head", case.layer, HeadGeometry.of(case.layer))
-    return LaplacePosterior.from_statistics(statistics(case), head, **kwargs)
+    return LaplacePosterior.from_statistics(statistics(case, dtype=dtype), head, **kwargs)
 
 
 @pytest.mark.parametrize("covariance", ["ggn", "sandwich"])
@@ -53,23 +53,24 @@ def posterior(case, **kwargs):
 @pytest.mark.parametrize("case", LAYERS, ids=str)
 def test_variance_equals_explicit_jacobian(case, structure, covariance):
     bins, images = layout(case)
-    for size in (None, 10 * len(case.inputs)):
-        fitted = posterior(case, structure=structure, covariance=covariance, dataset_size=size, prior_precision=0.7)
-        scale = 1 if size is None else size / fitted.num_images
-        dense = references.dense_posterior(
-            case.layer, case.inputs, case.residuals, bins, images, 1 / fitted.weights,
-            prior_precision=0.7, structure=structure, covariance=covariance, scale=scale,
-        )  # fmt: skip
-        expected = references.dense_variance(case.layer, case.inputs, dense)
-        for dtype, tolerance in ((torch.float64, 1e-9), (torch.float32, 1e-5)):
+    for dtype, tolerance in ((torch.float64, 1e-9), (torch.float32, 1e-5)):
+        for size in (None, 10 * len(case.inputs)):
+            fitted = posterior(
+                case, dtype, structure=structure, covariance=covariance, dataset_size=size, prior_precision=0.7
+            )
+            scale = 1 if size is None else size / fitted.num_images
+            dense = references.dense_posterior(
+                case.layer, case.inputs, case.residuals, bins, images, 1 / fitted.weights,
+                prior_precision=0.7, structure=structure, covariance=covariance, scale=scale,
+            )  # fmt: skip
+            expected = references.dense_variance(case.layer, case.inputs, dense)
             got = fitted.variance(case.inputs.to(dtype))
             assert got.dtype == dtype
             assert got.shape == expected.shape
             assert float(got.min()) >= 0
-            worst = float(((got.double() - expected).abs() / expected.abs().max().clamp(min=1e-30)).max())
-            assert worst < tolerance
-            relative = (got.double() - expected).abs()[expected > 1e-12] / expected[expected > 1e-12]
-            assert float(relative.max()) < (1e-6 if dtype == torch.float64 else 1e-5)
+            # Pixels whose variance all but cancels have the rounding of their neighbours.
+            floor = 0.01 * expected.mean()
+            assert float(((got.double() - expected).abs() / expected.clamp(min=floor)).max()) < tolerance
 
 
 @pytest.mark.parametrize("covariance", ["ggn", "sandwich"])
@@ -171,11 +172,11 @@ def test_merging_is_fitting_to_all():
     bins, images = layout(case)
     geometry = HeadGeometry.of(case.layer)
     whole = Statistics(geometry, BINS)
-    whole.update(case.inputs, case.residuals, bins, images)
+    whole.update(case.inputs.double(), case.residuals.double(), bins, images)
     parts = []
-    for part in (torch.tensor([4, 5]), torch.tensor([0, 1]), torch.tensor([2, 3])):
+    for part in (torch.arange(8, 16), torch.tensor([0, 1]), torch.arange(2, 8)):
         s = Statistics(geometry, BINS)
-        s.update(case.inputs[part], case.residuals[part], bins[part], images[part])
+        s.update(case.inputs[part].double(), case.residuals[part].double(), bins[part], images[part])
         parts.append(s)
     merged = parts[0].merge(parts[1]).merge(parts[2])
     noise = whole.noise_variance()
@@ -294,7 +295,7 @@ def test_rank_deficiency():
     geometry = HeadGeometry.of(case.layer)
     s = Statistics(geometry, 1)
     zero = torch.zeros(1, dtype=torch.long)
-    s.update(1e4 * case.inputs[:1, :, :3, :3], case.residuals[:1, :, :3, :3], zero, zero)
+    s.update(1e4 * case.inputs[:1, :, :3, :3].double(), case.residuals[:1, :, :3, :3].double(), zero, zero)
     head = Head("head", case.layer, geometry)
     with pytest.raises(NotPositiveDefiniteError, match="larger prior_precision"):
         LaplacePosterior.from_statistics(s, head, prior_precision=1e-30)
