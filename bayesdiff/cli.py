@@ -72,11 +72,13 @@ def map_command(
     eta: Annotated[float, typer.Option(help="η of DDIM.")] = 0.0,
     guidance_scale: Annotated[float, typer.Option(help="1 is no guidance.")] = 1.0,
     propagation: Annotated[str, typer.Option(help=f"One of {', '.join(PROPAGATIONS)}.")] = "tangents",
-    num_tangents: Annotated[int, typer.Option(help="Weight draws: K of tangents, M of an ensemble.")] = 16,
-    refresh: Annotated[
+    num_tangents: Annotated[int, typer.Option(help="Weight draws: K of tangents, M of an ensemble.")] = 64,
+    refresh: Annotated[int, typer.Option(help="r, steps between measurements of the network's response.")] = 4,
+    num_directions: Annotated[
         int | None,
         typer.Option(
-            help="Steps between the tangents' network calls; by default about 7 in a run.", show_default=False
+            help="p, network evaluations in one measurement; by default about 3.5 times the plain calls in all.",
+            show_default=False,
         ),
     ] = None,
     posterior: Annotated[
@@ -96,7 +98,8 @@ def map_command(
         settings = {
             "model": model, "classes": classes, "num_samples": num_samples, "steps": steps, "seed": seed,
             "scheduler": scheduler, "eta": eta, "guidance_scale": guidance_scale, "propagation": propagation,
-            "num_tangents": num_tangents, "refresh": refresh, "structure": structure, "covariance": covariance,
+            "num_tangents": num_tangents, "refresh": refresh, "num_directions": num_directions,
+            "structure": structure, "covariance": covariance,
             "posterior": "fitted" if posterior is None else "given", "dtype": dtype,
         }  # fmt: skip
         check_int("--num-samples", num_samples, least=1)
@@ -104,8 +107,9 @@ def map_command(
         check_int("--seed", seed, least=0)
         check_choice("--propagation", propagation, PROPAGATIONS)
         check_int("--num-tangents", num_tangents, least=1 if propagation == "tangents" else 2)
-        if refresh is not None:
-            check_int("--refresh", refresh, least=1)
+        check_int("--refresh", refresh, least=1)
+        if num_directions is not None:
+            check_int("--num-directions", num_directions, least=1)
         check_choice("--structure", structure, STRUCTURES)
         check_choice("--covariance", covariance, COVARIANCES)
         check_choice("--dtype", dtype, tuple(DTYPES))
@@ -125,6 +129,7 @@ def map_command(
             laplace.save(out / "posterior")
         up = UncertaintyPipeline(
             pipe, laplace, propagation=propagation, num_tangents=num_tangents, refresh=refresh,
+            num_directions=num_directions,
             generator=item_generator(seed, TANGENT_DRAWS if propagation == "tangents" else ENSEMBLE_DRAWS),
         )  # fmt: skip
         _say(f"sampling {num_samples} × {steps} steps with {propagation} of {num_tangents} weight draws")
@@ -166,7 +171,7 @@ def map_command(
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the figure and settings.")],
     steps: Annotated[int, typer.Option(help="Denoising steps.")] = 50,
-    num_tangents: Annotated[int, typer.Option(help="K, weight draws of the tangents.")] = 16,
+    num_tangents: Annotated[int, typer.Option(help="K, weight draws of the tangents.")] = 64,
     ensemble: Annotated[int, typer.Option(help="M, trajectories of the ensemble.")] = 24,
     images: Annotated[
         int | None, typer.Option(help="Fit to the first so many images only.", show_default=False)

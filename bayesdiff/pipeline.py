@@ -25,7 +25,7 @@ from bayesdiff.parametrization import alpha_sigma, prediction_type
 from bayesdiff.posterior import LaplacePosterior
 from bayesdiff.propagate import Step, Tangents
 from bayesdiff.rng import item_generator
-from bayesdiff.watch import Watch
+from bayesdiff.watch import Respond, Watch
 
 PROPAGATIONS = ("tangents", "ensemble")
 
@@ -70,9 +70,12 @@ class UncertaintyPipeline:
         propagation: ``"tangents"``: :math:`\delta x` of K weight draws, linearised
             (:mod:`bayesdiff.propagate`); ``"ensemble"``: the same pipe run again with M weight draws,
             variance about their mean (DIFF-UQ's estimator, with one draw for a whole trajectory).
-        num_tangents: K, or M; the relative noise of the variance is :math:`\sqrt{2/K}` per pixel.
-        refresh: r, steps between network calls for the tangents' responses; by default about seven
-            refreshes in a run.
+        num_tangents: K, or M; the relative noise of the variance is :math:`\sqrt{2/K}` per pixel. Tangents
+            cost memory and linear algebra, not network calls: those are p for each measurement.
+        refresh: r, steps between measurements of the denoiser's response, on average (tangents only).
+        num_directions: p, network evaluations in one measurement (tangents only); by default such that a map costs
+            about 3.5 times the calls of the plain pipe. With ``refresh=1`` and p ≥ K nothing is approximated but the
+            linearisation.
         generator: For the weight draws, which are made once, here: maps of one object share them, and do
             not depend on the batch. By default one fixed seed (apart from those of samples), so that the same
             sampling seed gives the same map.
@@ -90,14 +93,16 @@ class UncertaintyPipeline:
         posterior: LaplacePosterior,
         *,
         propagation: str = "tangents",
-        num_tangents: int = 16,
-        refresh: int | None = None,
+        num_tangents: int = 64,
+        refresh: int = 4,
+        num_directions: int | None = None,
         generator: Generator | None = None,
         head: str | None = None,
     ) -> None:
         self.propagation = check_choice("propagation", propagation, PROPAGATIONS)
         self.num_tangents = check_int("num_tangents", num_tangents, least=1 if propagation == "tangents" else 2)
-        self.refresh = None if refresh is None else check_int("refresh", refresh, least=1)
+        self.refresh = check_int("refresh", refresh, least=1)
+        self.num_directions = None if num_directions is None else check_int("num_directions", num_directions, least=1)
         self.pipe, self.posterior = pipe, posterior
         self.network = denoiser(pipe)
         if not hasattr(pipe, "scheduler"):
@@ -135,20 +140,21 @@ class UncertaintyPipeline:
             def start(scheduler: Any) -> None:
                 nonlocal tangents
                 check_schedule(scheduler)
-                refresh = self.refresh or default_refresh(len(scheduler.timesteps))
-                tangents = Tangents(self.deviations, self.posterior.geometry, scheduler, refresh)
+                tangents = Tangents(
+                    self.deviations, self.posterior.geometry, scheduler, self.refresh, self.num_directions
+                )
                 stack.enter_context(tangents)
 
-            def follow(step: Step) -> None:
+            def follow(step: Step, respond: Respond) -> None:
                 steps.append(self._predict(step))
                 if tangents is not None:
-                    tangents.advance(step)
+                    tangents.advance(step, respond)
 
             watch = stack.enter_context(Watch(self.pipe, self.network, self.head, follow, start))
             output = self.pipe(*args, **kwargs)
             if tangents is None or watch.sample is None:
                 raise UnsupportedPipelineError("expected the pipeline to call its scheduler's step, got no call")
-            latents = Gaussian(watch.sample.float(), tangents.variance())
+            latents = Gaussian(watch.sample.float(), tangents.finish().square().mean(0).float())
         return self._output(output, latents, latents.mean, steps, watch.calls, watch.own_calls)
 
     def _ensemble(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> UncertaintyOutput:
@@ -160,7 +166,7 @@ class UncertaintyPipeline:
         before = [g.get_state() for g in generators]
         steps: list[Gaussian] = []
 
-        def follow(step: Step) -> None:
+        def follow(step: Step, _: Respond) -> None:
             steps.append(self._predict(step))
 
         with Watch(self.pipe, self.network, self.head, follow, check_schedule) as watch:
@@ -201,11 +207,6 @@ class UncertaintyPipeline:
         _check_pixels(images, plain)
         # Pixels are x/2 + 1/2, so variances are divided by 4.
         return UncertaintyOutput(images, latents.variance / 4, latents, steps, calls, own_calls, output)
-
-
-def default_refresh(num_steps: int) -> int:
-    """About seven refreshes in a run of ``num_steps``."""
-    return max(1, round((num_steps - 1) / 7))
 
 
 def check_schedule(scheduler: Any) -> None:

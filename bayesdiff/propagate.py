@@ -6,27 +6,40 @@ One draw of the weights drives every step, so its deviation stays correlated alo
     δx_next  = (linear part of the sampler's step)(δg_t, δx_t)
     Var[x_0] = (1/K) Σ_k (δx_0^k)²,                  δW^k ~ N(0, Σ)
 
-The direct term δWψ costs one more convolution and is exact at every step. The response J δx costs a
-network call per draw (a finite difference along δx), and is refreshed only at some steps. Between
-refreshes the response *of the denoiser* D = a x + b g is predicted: divided by the size of δx (rms over
-the image, per draw), extrapolated linearly over the step index from the last two refreshes, multiplied by the
-present size. Held so, the stiff part δx/σ_t of an ε-network's response stays exact, as in an exponential
-integrator.
+The direct term δWψ costs one more convolution and is exact at every step. The network's response J δx is measured only
+at some steps, there along a few directions (:mod:`bayesdiff.response`), as the response of the denoiser D = a x + b g:
+so the stiff part δx/σ_t of an ε-network's own response stays exact, as in an exponential integrator.
+
+Two passes. The first walks beside the running pipeline and measures, at p directions of its own deviations; between
+measurements it extrapolates from the last two. When the trajectory is known, the second takes the same linear recursion
+again with responses *interpolated* over the step index. It needs no network call.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from scipy.interpolate import make_interp_spline
 from torch import Tensor
 
 from bayesdiff.checks import NonFiniteError
 from bayesdiff.head import Fold, HeadGeometry
 from bayesdiff.linearized_scheduler import LinearizedScheduler
 from bayesdiff.parametrization import sampling_coefficients
+from bayesdiff.response import Response
+from bayesdiff.rng import item_generator
+
+#: Fewest measurements of the response in a run, where it has so many steps.
+LEAST_REFRESHES = 10
+#: By default all measurements together cost so many times the calls of the plain pipeline.
+EXTRA_CALLS = 2.5
+#: Steps between measurements shrink towards the end, where deviations grow: n ∝ 1 − (1 − u)^DENSITY, u even.
+DENSITY = 1.25
 
 
 @dataclass(frozen=True)
@@ -42,7 +55,6 @@ class Step:
         features: ψ, what entered the head, guided: weights times branches.
         fold: From the head's output to the network's.
         input_scale: c, the network's input is c·x.
-        respond: δx ``(B, C, H, W)`` to Jδx, by one network evaluation of the pipeline's own call.
     """
 
     index: int
@@ -53,7 +65,18 @@ class Step:
     features: Tensor
     fold: Fold
     input_scale: float
-    respond: Callable[[Tensor], Tensor]
+
+
+def refresh_steps(num_steps: int, refresh: int) -> list[int]:
+    """The steps at which the response is measured: from 1 to the last, one in ``refresh`` on average, denser late."""
+    last = num_steps - 1
+    if last < 1:
+        return []
+    number = min(last, max(math.ceil(last / refresh), LEAST_REFRESHES))
+    if number == last:
+        return list(range(1, num_steps))
+    u = np.linspace(0, 1, number)
+    return [int(n) for n in np.unique((1 + (last - 1) * (1 - (1 - u) ** DENSITY)).round())]
 
 
 class Tangents:
@@ -62,70 +85,116 @@ class Tangents:
     Args:
         deviations: δW, ``(K, C, D)``.
         geometry: The head's.
-        scheduler: The sampler, before its first step; copied.
-        refresh: r, the response is computed at steps 1, 1 + r, 1 + 2r, … (at step 0 it is 0).
+        scheduler: The sampler, after ``set_timesteps`` and before its first step; copied.
+        refresh: r, steps between measurements of the response, on average.
+        num_directions: p, network evaluations in one measurement; by default what :data:`EXTRA_CALLS` allows,
+            at least 4.
     """
 
-    def __init__(self, deviations: Tensor, geometry: HeadGeometry, scheduler: Any, refresh: int) -> None:
-        self.deviations, self.geometry, self.refresh = deviations, geometry, refresh
-        self.linearized = LinearizedScheduler(scheduler, len(deviations))
-        self.delta: Tensor | None = None  # δx, (K, B, C, H, W)
-        self._responses: list[tuple[int, Tensor]] = []  # the last two (step, response / size)
+    def __init__(
+        self,
+        deviations: Tensor,
+        geometry: HeadGeometry,
+        scheduler: Any,
+        refresh: int = 4,
+        num_directions: int | None = None,
+    ) -> None:
+        self.deviations, self.geometry = deviations, geometry
+        num_steps = len(scheduler.timesteps)
+        self.refreshed = refresh_steps(num_steps, refresh)
+        affordable = max(4, round(EXTRA_CALLS * num_steps / max(1, len(self.refreshed))))
+        self.num_directions = affordable if num_directions is None else num_directions
+        self._linearized = LinearizedScheduler(scheduler, len(deviations))
+        self._again = LinearizedScheduler(scheduler, len(deviations))  # for the second pass
+        self._responses: dict[int, Response] = {}
+        self._steps: list[Step] = []
+        self._delta: Tensor | None = None  # δx, (K, B, C, H, W)
 
     def __enter__(self) -> Tangents:
-        self.linearized.__enter__()
+        self._linearized.__enter__()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.linearized.__exit__(*exception)
+        self._linearized.__exit__(*exception)
 
-    def direct(self, step: Step) -> Tensor:
-        """δWψ, ``(K, B, C, H, W)``."""
-        dtype = torch.promote_types(step.features.dtype, torch.float32)
-        weights = self.deviations.to(step.features.device, dtype)
-        shift = step.fold(self.geometry.apply(step.features.to(dtype), weights), lead=2)
-        return shift[:, :, : step.output.shape[1]]
+    def advance(self, step: Step, respond: Callable[[Tensor], Tensor]) -> None:
+        """The first pass, through one step.
 
-    def _response(self, step: Step, delta: Tensor) -> Tensor:
-        """J δx: computed at a refresh, predicted between."""
-        coefficients = sampling_coefficients(
-            self.linearized.scheduler, torch.as_tensor(step.timestep), step.input_scale
-        )
-        a, b = coefficients or (0.0, 1.0)
-        size = delta.flatten(2).square().mean(-1).sqrt().view(*delta.shape[:2], *(1,) * (delta.ndim - 2))
-        safe = torch.where(size > 0, size, 1.0)
-        if (step.index - 1) % self.refresh == 0:
-            response = torch.stack([step.respond(d) for d in delta]).to(delta.dtype)
-            self._responses = [*self._responses[-1:], (step.index, (a * delta + b * response) / safe)]
-            return response
-        latest, value = self._responses[-1]
-        if len(self._responses) == 2:
-            earlier, before = self._responses[0]
-            value = value + (value - before) * ((step.index - latest) / (latest - earlier))
-        return (value * size - a * delta) / b
+        Args:
+            step: What was seen of it.
+            respond: δx ``(B, C, H, W)`` to Jδx, by one network evaluation of the pipeline's own call.
+        """
+        self._steps.append(step)
+        if step.index in self.refreshed and self._delta is not None:
+            self._responses[step.index] = self._measure(step, self._delta, respond)
+        self._delta = self._through(self._linearized, step, self._delta, _line(list(self._responses)[-2:], step.index))
 
-    def advance(self, step: Step) -> None:
-        """Carry the tangents through one step."""
-        d_output = self.direct(step)
-        delta = self.delta
-        if delta is None:
-            delta = torch.zeros_like(d_output, dtype=torch.float64)
-        else:
-            d_output = d_output + self._response(step, delta)
-        self.delta = self.linearized.step(d_output, delta, step.output, step.timestep, step.sample, **step.arguments)
+    def finish(self) -> Tensor:
+        """The second pass.
 
-    def variance(self) -> Tensor:
-        """Var[x_0], ``(B, C, H, W)`` float32.
+        Returns:
+            δx_0, ``(K, B, C, H, W)`` float64.
 
         Raises:
-            NonFiniteError: The deviations have grown beyond all bounds.
+            NonFiniteError: There was no step, or the deviations have grown beyond all bounds.
         """
-        if self.delta is None:
+        if self._delta is None:
             raise NonFiniteError("expected at least one step of the sampler, got none")
-        variance = self.delta.square().mean(0)
-        if not bool(torch.isfinite(variance).all()):
+        delta: Tensor | None = self._delta
+        nodes = list(self._responses)
+        if 1 < len(nodes) < len(self._steps) - 1:  # else the first pass was exact, or there is nothing to interpolate
+            spline = make_interp_spline(nodes, np.eye(len(nodes)), k=min(3, len(nodes) - 1))
+            delta = None
+            for step in self._steps:
+                weights = dict(zip(nodes, spline(step.index).tolist(), strict=True))
+                delta = self._through(self._again, step, delta, weights)
+        if delta is None or not bool(torch.isfinite(delta).all()):
             raise NonFiniteError(
-                "expected finite deviations at the end of the trajectory, got NaN or infinity; use float32 or bfloat16, or "
-                "refresh more often"
+                "expected finite deviations at the end of the trajectory, got NaN or infinity; use float32 or bfloat16, "
+                "or refresh more often"
             )
-        return variance.float()
+        return delta
+
+    def _coefficients(self, step: Step) -> tuple[float, float]:
+        """(a, b) of the denoiser; (0, 1), the raw output, where the schedule is of another kind."""
+        pair = sampling_coefficients(self._linearized.scheduler, torch.as_tensor(step.timestep), step.input_scale)
+        return pair or (0.0, 1.0)
+
+    def _measure(self, step: Step, delta: Tensor, respond: Callable[[Tensor], Tensor]) -> Response:
+        a, b = self._coefficients(step)
+        shape = step.sample.shape
+
+        def jacobian(v: Tensor) -> Tensor:
+            return a * v + b * respond(v.view(shape)).to(v).flatten(1)
+
+        mixture = torch.randn(len(delta), generator=item_generator(0, step.index), dtype=torch.float64)
+        return Response.measure(jacobian, _rows(delta), self.num_directions, mixture)
+
+    def _through(
+        self, linearized: LinearizedScheduler, step: Step, delta: Tensor | None, weights: dict[int, float]
+    ) -> Tensor:
+        """One step of the recursion, the response a sum of measured ones."""
+        dtype = torch.promote_types(step.features.dtype, torch.float32)
+        shift = self.geometry.apply(step.features.to(dtype), self.deviations.to(step.features.device, dtype))
+        d_output = step.fold(shift, lead=2)[:, :, : step.output.shape[1]].double()  # δWψ
+        if delta is None:
+            delta = torch.zeros_like(d_output)
+        else:
+            a, b = self._coefficients(step)
+            rows = _rows(delta)
+            denoised = sum((w * self._responses[n](rows) for n, w in weights.items()), torch.zeros_like(rows))
+            d_output = d_output + (denoised - a * rows).transpose(0, 1).reshape(delta.shape) / b
+        return linearized.step(d_output, delta, step.output, step.timestep, step.sample, **step.arguments)
+
+
+def _rows(delta: Tensor) -> Tensor:
+    """``(K, B, C, H, W)`` to ``(B, K, C·H·W)`` float64."""
+    return delta.double().flatten(2).transpose(0, 1)
+
+
+def _line(nodes: list[int], n: int) -> dict[int, float]:
+    """Weights of the line through the last two of the nodes, at n."""
+    if len(nodes) < 2 or n == nodes[-1]:
+        return dict.fromkeys(nodes[-1:], 1.0)
+    share = (n - nodes[1]) / (nodes[1] - nodes[0])
+    return {nodes[0]: -share, nodes[1]: 1 + share}

@@ -24,6 +24,9 @@ from bayesdiff.guidance import ROUNDING, branch_weights, combine
 from bayesdiff.head import Fold, Head
 from bayesdiff.propagate import Step
 
+#: δx ``(B, C, H, W)`` to Jδx, by one evaluation of the network.
+Respond = Callable[[Tensor], Tensor]
+
 
 @dataclass(frozen=True)
 class Call:
@@ -51,8 +54,8 @@ class Watch:
         network: Its denoising network.
         head: The network's head.
         on_start: Called with the scheduler before its first step, if given.
-        on_step: Called with each :class:`Step`, if given; without it only calls are counted and the last
-            sample is kept.
+        on_step: Called with each :class:`Step` and its ``respond``, if given; without it only calls are counted and
+            the last sample is kept.
 
     Attributes:
         calls: Network calls so far, ours included.
@@ -66,7 +69,7 @@ class Watch:
         pipe: Any,
         network: nn.Module,
         head: Head,
-        on_step: Callable[[Step], None] | None = None,
+        on_step: Callable[[Step, Respond], None] | None = None,
         on_start: Callable[[Any], None] | None = None,
     ) -> None:
         self.pipe, self.network, self.head = pipe, network, head
@@ -141,13 +144,13 @@ class Watch:
         if self.on_step is not None:
             self._paused = True
             try:
-                self.on_step(seen)
+                self.on_step(*seen)
             finally:
                 self._paused = False
         self.steps += 1
         return result
 
-    def _step(self, output: Tensor, timestep: Any, sample: Tensor, arguments: dict[str, Any]) -> Step:
+    def _step(self, output: Tensor, timestep: Any, sample: Tensor, arguments: dict[str, Any]) -> tuple[Step, Respond]:
         """Solve for how the pipeline made ``output`` from ``sample``."""
         previous = self.sample
         calls, self._pending = self._pending, []
@@ -186,17 +189,10 @@ class Watch:
             shifted = [o for call in calls for o in self._again(call, scale * h * delta)]
             return (combine(weights, [o[:, :channels] for o in shifted]).double() - reference.double()) / h
 
-        return Step(
-            self.steps,
-            output.detach(),
-            timestep,
-            sample.detach(),
-            arguments,
-            combine(weights, features),
-            self.fold,
-            scale,
-            respond,
-        )
+        seen = Step(
+            self.steps, output.detach(), timestep, sample.detach(), arguments, combine(weights, features), self.fold, scale
+        )  # fmt: skip
+        return seen, respond
 
     def _input(self, call: Call) -> tuple[str | int, Tensor]:
         """The network's noisy input among the arguments of a call, and where it is."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,11 @@ RESULTS = Path("experiments/results")
 def results_folder(name: str, out: Path | None) -> Path:
     """Where an experiment writes; made and proved writable before it runs."""
     return check_output_folder(out or RESULTS / name)
+
+
+def command(name: str) -> str:
+    """The command that this run was started with."""
+    return shlex.join(["python", "-m", f"experiments.{name}", *sys.argv[1:]])
 
 
 def record(folder: Path, settings: dict[str, Any], results: Any, device: str = "cpu") -> None:

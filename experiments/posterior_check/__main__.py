@@ -26,7 +26,7 @@ import bayesdiff
 from bayesdiff.io import write_figure
 from bayesdiff.noising import draw, noised
 from bayesdiff.posterior import LaplacePosterior
-from experiments.common import agreement, record, results_folder, table
+from experiments.common import agreement, command, record, results_folder, table
 
 TIMESTEPS = (20, 100, 250, 500, 750, 950)
 
@@ -173,7 +173,7 @@ def main(
         "loss_weights": loss_weights, "seed": seed,
         "timesteps": TIMESTEPS, "model": "fashion-ddpm", "prior_precision": fitted.prior_precision,
         "noise_variance": fitted.noise_variance.tolist(), "seconds": round(time.perf_counter() - started, 1),
-        "command": "python -m experiments.posterior_check",
+        "command": command("posterior_check"),
     }  # fmt: skip
     record(folder, settings, rows)
     print(f"Written to {folder}")

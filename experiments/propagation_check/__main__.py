@@ -2,10 +2,11 @@
 
     python -m experiments.propagation_check
 
-The reference draws its own weights and runs the pipeline again for each. Tangents of several sizes K and refresh
-intervals r, and small ensembles, are compared with it: correlation of the per-pixel standard deviation over all
-pixels of all samples, and within each sample; ratio of means; relative L2; against the network calls they cost. Each
-setting is run with several sets of weight draws; the table has their means and standard deviations.
+The reference draws its own weights and runs the pipeline again for each. Tangents with several numbers of draws K,
+measurements of the response (every r steps) and directions in each (p), and small ensembles, are compared with it:
+correlation of the per-pixel standard deviation over all pixels of all samples, and within each sample; ratio of means;
+relative L2; against the network calls they cost. Each setting is run with several sets of weight draws; the table has
+their means and standard deviations.
 """
 
 from __future__ import annotations
@@ -23,9 +24,12 @@ from tqdm import tqdm
 
 import bayesdiff
 from bayesdiff.io import write_figure
-from experiments.common import agreement, record, results_folder, table
+from experiments.common import agreement, command, record, results_folder, table
 
-COLORS = {"tangents, r = 1": "#1f4e79", "tangents, default r": "#c1440e", "ensemble": "#8a8a8a"}
+COLORS = {"tangents": "#c1440e", "tangents, exact response": "#1f4e79", "ensemble": "#8a8a8a"}
+#: (r, p): measurements every r steps, along p directions; (4, None) is the default.
+MEASUREMENTS = ((5, 6), (4, 4), (4, 8), (4, None), (3, 12), (2, 16))
+DRAWS = (8, 16, 32, 128)
 
 
 def generators(number: int, seed: int) -> list[torch.Generator]:
@@ -63,7 +67,8 @@ def plot(rows: list[dict[str, Any]], size: int) -> Figure:
         )
         right.errorbar(x, [r["ratio"] for r in chosen], [r["ratio_sd"] for r in chosen], fmt="o-", color=color)
         for r in chosen:
-            left.annotate(f" {r['K']}", (r["calls_ratio"], r["correlation"]), fontsize=7, color=color, va="top")
+            label = f"K = {r['K']}" if r["group"] != "tangents" else f"r = {r['r']}, p = {r['p'] or 'default'}"
+            left.annotate(f" {label}", (r["calls_ratio"], r["correlation"]), fontsize=7, color=color, va="top")
     for axis in (left, right):
         axis.set(xscale="log", xlabel="network calls, in those of the plain pipeline")
         axis.spines[["top", "right"]].set_visible(False)
@@ -78,7 +83,7 @@ def plot(rows: list[dict[str, Any]], size: int) -> Figure:
 
 
 def main(
-    trajectories: Annotated[int, typer.Option(help="Trajectories of the reference.")] = 256,
+    trajectories: Annotated[int, typer.Option(help="Trajectories of the reference.")] = 512,
     samples: Annotated[int, typer.Option(help="Images, over all classes in turn.")] = 10,
     steps: Annotated[int, typer.Option(help="DDIM steps.")] = 50,
     guidance_scale: Annotated[float, typer.Option()] = 1.0,
@@ -98,34 +103,35 @@ def main(
     classes = [data.class_names[i % 10] for i in range(samples)]
     settings = {"num_inference_steps": steps, "guidance_scale": guidance_scale, "eta": eta, "output_type": "pt"}
 
-    def run(propagation: str, k: int, draw_seed: int, refresh: int | None = None) -> bayesdiff.UncertaintyOutput:
+    def run(propagation: str, k: int, r: int, p: int | None, draw_seed: int) -> bayesdiff.UncertaintyOutput:
         up = bayesdiff.UncertaintyPipeline(
-            pipe, posterior, propagation=propagation, num_tangents=k, refresh=refresh,
+            pipe, posterior, propagation=propagation, num_tangents=k, refresh=r, num_directions=p,
             generator=torch.Generator().manual_seed(draw_seed),
         )  # fmt: skip
         return up(classes, generator=generators(samples, seed), **settings)
 
     clock = time.perf_counter()
-    reference = run("ensemble", trajectories, seed + 1_000_003)
+    reference = run("ensemble", trajectories, 1, 1, seed + 1_000_003)
     reference_seconds = time.perf_counter() - clock
-    plans: list[tuple[str, str, int, int | None]] = []
-    plans += [("tangents, default r", "tangents", k, None) for k in (4, 8, 12, 16, 20, 24, 32, 48)]
-    plans += [("tangents, r = 1", "tangents", k, 1) for k in (8, 16)]
-    plans += [("tangents, other r", "tangents", 16, r) for r in (2, 4, 12, 16)]
-    plans += [("ensemble", "ensemble", k, None) for k in (4, 8, 16, 32)]
+    plans = [("tangents", "tangents", 64, r, p) for r, p in MEASUREMENTS]
+    plans += [("tangents, other K", "tangents", k, 4, None) for k in DRAWS]
+    plans += [("tangents, exact response", "tangents", k, 1, k) for k in (4, 8, 16)]
+    plans += [("ensemble", "ensemble", k, 1, 1) for k in (4, 8, 16, 32)]
     rows: list[dict[str, Any]] = []
-    for group, propagation, k, refresh in tqdm(plans, desc="settings"):
+    for group, propagation, k, r, p in tqdm(plans, desc="settings"):
         clock = time.perf_counter()
-        outputs = [run(propagation, k, seed + 7 * k + 100_000 * (i + 1), refresh) for i in range(repeats)]
+        outputs = [run(propagation, k, r, p, seed + 7 * k + 100_000 * (i + 1)) for i in range(repeats)]
         seconds = (time.perf_counter() - clock) / repeats
+        tangents = propagation == "tangents"
         rows.append(
             {
-                "group": group, "K": k, "r": refresh, "calls_ratio": outputs[0].calls / outputs[0].plain_calls,
+                "group": group, "K": k, "r": r if tangents else None, "p": p if tangents else None,
+                "calls_ratio": outputs[0].calls / outputs[0].plain_calls,
                 "seconds": seconds, **summary([o.std for o in outputs], reference.std),
             }
         )  # fmt: skip
     columns = {
-        "group": "", "K": "d", "r": "", "calls_ratio": ".2f", "correlation": ".3f", "correlation_sd": ".3f",
+        "group": "", "K": "d", "r": "", "p": "", "calls_ratio": ".2f", "correlation": ".3f", "correlation_sd": ".3f",
         "correlation_within": ".3f", "ratio": ".3f", "ratio_sd": ".3f", "relative_l2": ".3f", "negative": ".1%",
         "seconds": ".1f",
     }  # fmt: skip
@@ -141,7 +147,7 @@ def main(
             "trajectories": trajectories, "samples": samples, "steps": steps, "guidance_scale": guidance_scale, "eta": eta,
             "repeats": repeats, "seed": seed, "scheduler": type(pipe.scheduler).__name__, "model": "fashion-ddpm",
             "dataset_size": posterior.dataset_size, "mean_std": float(reference.std.mean()),
-            "seconds": round(time.perf_counter() - started, 1), "command": "python -m experiments.propagation_check",
+            "seconds": round(time.perf_counter() - started, 1), "command": command("propagation_check"),
         },
         rows,
     )  # fmt: skip
