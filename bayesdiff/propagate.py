@@ -39,7 +39,7 @@ LEAST_REFRESHES = 10
 #: By default all measurements together cost so many times the calls of the plain pipeline.
 EXTRA_CALLS = 2.5
 #: Steps between measurements shrink towards the end, where deviations grow: n ∝ 1 − (1 − u)^DENSITY, u even.
-DENSITY = 1.25
+DENSITY = 1.5
 
 
 @dataclass(frozen=True)

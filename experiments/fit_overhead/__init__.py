@@ -1,0 +1,1 @@
+"""What does fitting cost beside the network calls?"""

@@ -1,0 +1,1 @@
+"""Where and how often must the denoiser's response be measured?"""
