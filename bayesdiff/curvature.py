@@ -9,11 +9,16 @@ Sums add: over batches, processes and machines.
 
 from __future__ import annotations
 
+import os
+
 import torch
 from torch import Tensor
 
 from bayesdiff.checks import EmptyDataError, ShapeError, check_finite, check_int
 from bayesdiff.head import HeadGeometry
+from bayesdiff.io import read_folder, write_folder
+
+FORMAT = 1
 
 
 class Statistics:
@@ -146,3 +151,35 @@ class Statistics:
         by_draw = weights.to(self.gram)[torch.cat(self._score_bins)]
         out = self.gram.new_zeros(len(images), self.geometry.out_channels, self.geometry.in_features)
         return out.index_add_(0, rows, torch.cat(self._scores) * by_draw[:, None, None])
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write the sums, so that posteriors can be cut from them later, or merged with those of other processes.
+
+        Raises:
+            OutputFolderError: The folder cannot be written.
+            EmptyDataError: There are no draws.
+        """
+        if not self._scores:
+            raise EmptyDataError("expected at least one image to save the sums of, got none")
+        tensors = {
+            "gram": self.gram, "squared_residuals": self.squared_residuals, "positions": self.positions,
+            "scores": torch.cat(self._scores), "images": torch.cat(self._score_images), "bins": torch.cat(self._score_bins),
+        }  # fmt: skip
+        write_folder(folder, "statistics", FORMAT, tensors, {"geometry": self.geometry.to_dict()})
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str], device: torch.device | str = "cpu") -> Statistics:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            PosteriorFileError: A file is missing, damaged, truncated or of an unknown version.
+        """
+        tensors, meta = read_folder(folder, "statistics", FORMAT)
+        out = cls(HeadGeometry.from_dict(meta["geometry"]), len(tensors["positions"]), device)
+        out.gram, out.squared_residuals, out.positions = (
+            tensors[k].to(device) for k in ("gram", "squared_residuals", "positions")
+        )
+        out._scores, out._score_images, out._score_bins = (
+            [tensors[k].to(device)] for k in ("scores", "images", "bins")
+        )
+        return out

@@ -21,14 +21,13 @@ from bayesdiff.checks import (
     EmptyDataError,
     ShapeError,
     UnsupportedHeadError,
-    check_choice,
     check_finite,
     check_int,
 )
 from bayesdiff.curvature import Statistics
 from bayesdiff.head import Fold, Head, check_eval, denoiser, find_head
 from bayesdiff.noising import draw, noised
-from bayesdiff.posterior import COVARIANCES, STRUCTURES, LaplacePosterior
+from bayesdiff.posterior import LaplacePosterior, check_settings
 from bayesdiff.rng import base_seed
 
 
@@ -40,7 +39,8 @@ def fit(
     covariance: str = "sandwich",
     draws_per_image: int = 1,
     dataset_size: int | None = None,
-    prior_precision: float | None = None,
+    prior_precision: float | Tensor | str | None = None,
+    noise_variance: float | Tensor | str = "residual",
     loss_weights: str | Tensor = "uniform",
     batch_size: int = 64,
     noise_bins: int = 10,
@@ -57,12 +57,14 @@ def fit(
             a tensor ``(n, C, H, W)``; a mapping with ``"images"`` and, beside it, the network's other
             keyword arguments (``"class_labels"``, ``"encoder_hidden_states"``, …), each with n rows;
             a ``Dataset`` or an iterable of batches of either form.
-        structure: ``"full"`` or ``"diag"``.
-        covariance: ``"sandwich"`` (robust, clustered by image) or ``"ggn"``.
+        structure: ``"full"``, ``"kron"``, ``"diag"`` or ``"lowrank"``; the posterior's :meth:`~LaplacePosterior.recut` gives
+            the others without another pass.
+        covariance: ``"sandwich"`` (robust, clustered by image), ``"ggn"`` or ``"ef"``.
         draws_per_image: How many (t, ε) are drawn for each image.
         dataset_size: N, the number of images that the network was trained on; by default n, and the
             posterior is that of a network trained on these n images.
-        prior_precision: τ; by default the maximum of the evidence.
+        prior_precision: τ; by default the maximum of the evidence, ``"channel"`` for one τ for each output channel.
+        noise_variance: σ_t²: ``"residual"``, ``"evidence"``, a number, or one for each of the ``noise_bins``.
         loss_weights: For the sandwich, the weights over t of the loss that the network was trained with:
             ``"uniform"`` (DDPM's simple loss, and most others), ``"noise"`` (1/σ_t²), or a tensor with
             one for each of the ``noise_bins``.
@@ -83,13 +85,16 @@ def fit(
         ArgumentError: An argument is out of range, or the network is in training mode.
         HeadNotFoundError, AmbiguousHeadError, UnsupportedHeadError: See :func:`find_head`.
     """
-    check_choice("structure", structure, STRUCTURES)
-    check_choice("covariance", covariance, COVARIANCES)
     check_int("draws_per_image", draws_per_image, least=1)
     check_int("batch_size", batch_size, least=1)
     network = denoiser(pipe_or_model)
     found = find_head(network, head)
     check_eval(network)
+    settings: dict[str, Any] = {
+        "structure": structure, "covariance": covariance, "prior_precision": prior_precision,
+        "noise_variance": noise_variance, "loss_weights": loss_weights, "dataset_size": dataset_size,
+    }  # fmt: skip
+    check_settings(found.out_channels, check_int("noise_bins", noise_bins, least=1), **settings)
     if scheduler is None:
         scheduler = getattr(pipe_or_model, "scheduler", None)
     if scheduler is None:
@@ -101,7 +106,7 @@ def fit(
     images_per_call = max(1, batch_size // draws_per_image)
     fold: Fold | None = None
     first = 0
-    total = len(data["images"]) if isinstance(data, Mapping) and "images" in data else _length(data)
+    total = _length(data)
     with tqdm(total=total, desc="fit", unit="image", disable=not progress) as bar:
         for images, conditioning in _batches(data, images_per_call):
             _check_images(images, network)
@@ -110,7 +115,7 @@ def fit(
             rows = torch.arange(count).repeat_interleave(draws_per_image)
             clean = images.repeat_interleave(draws_per_image, dim=0).to(parameter.device)
             conditioning = {
-                k: v.repeat_interleave(draws_per_image, dim=0).to(parameter.device) for k, v in conditioning.items()
+                k: _placed(v.repeat_interleave(draws_per_image, dim=0), parameter) for k, v in conditioning.items()
             }
             x_t, wanted = noised(scheduler, clean, noise.to(parameter.device), t)
             for part in torch.arange(len(rows)).split(batch_size):
@@ -125,9 +130,11 @@ def fit(
                         f"{tuple(output.shape)}"
                     )
                 residual = wanted[part] - output
-                if found.geometry.kind == "linear":
-                    if fold is None:
-                        fold = Fold.read(found, call)
+                if fold is None:
+                    with torch.no_grad():
+                        same = torch.equal(found.layer(inputs), output)
+                    fold = Fold(None) if same else Fold.read(found, call)
+                if fold.index is not None:
                     residual = _unfold(fold, residual, inputs, found)
                 bins = (t[part] * noise_bins / num_timesteps).long().clamp(max=noise_bins - 1)
                 statistics.update(inputs, residual, bins, first + rows[part])
@@ -135,10 +142,7 @@ def fit(
             bar.update(count)
     if first == 0:
         raise EmptyDataError("expected at least one image to fit to, got none")
-    return LaplacePosterior.from_statistics(
-        statistics, found, structure=structure, covariance=covariance, prior_precision=prior_precision,
-        loss_weights=loss_weights, dataset_size=dataset_size, num_timesteps=num_timesteps,
-    )  # fmt: skip
+    return LaplacePosterior.from_statistics(statistics, found, num_timesteps=num_timesteps, **settings)
 
 
 def _forward(network: nn.Module, x: Tensor, t: Tensor, conditioning: Mapping[str, Tensor]) -> Tensor:
@@ -146,12 +150,19 @@ def _forward(network: nn.Module, x: Tensor, t: Tensor, conditioning: Mapping[str
         return network(x, timestep=t, return_dict=False, **conditioning)[0]
 
 
+def _placed(tensor: Tensor, like: Tensor) -> Tensor:
+    """On the network's device, and floating-point numbers in its dtype."""
+    return tensor.to(like.device, like.dtype if tensor.is_floating_point() else tensor.dtype)
+
+
 def _call(call: partial[Tensor], head: Head) -> tuple[Tensor, Tensor]:
     """One network call: what entered the head, and the network's output."""
     with head.capture() as captured:
         try:
             output = call()
-        except RuntimeError as error:
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
             network, x, _, conditioning = call.args
             raise ShapeError(
                 f"expected images and conditioning that fit {type(network).__name__}, got images {tuple(x.shape[1:])} "
@@ -166,7 +177,7 @@ def _unfold(fold: Fold, image: Tensor, inputs: Tensor, head: Head) -> Tensor:
     """Residuals from the network's output layout back to the head's: the inverse of the fold."""
     shape = (*inputs.shape[:-1], head.out_channels)
     size = math.prod(shape[1:])
-    if fold.index is None or fold.index.numel() != size:
+    if fold.index is None or fold.index.numel() != size or len(fold.index.unique()) != size:
         raise UnsupportedHeadError(
             f"expected the network to return all {size} outputs of {head.path!r}, got "
             f"{image[0].numel()}: networks that also predict a variance are not supported in fitting"
@@ -178,9 +189,9 @@ def _unfold(fold: Fold, image: Tensor, inputs: Tensor, head: Head) -> Tensor:
 
 def _length(data: Any) -> int | None:
     """The number of images, where the data tell it."""
-    if isinstance(data, Tensor) or (isinstance(data, Dataset) and hasattr(data, "__len__")):
-        return len(data)
-    return None
+    if isinstance(data, (Tensor, Mapping)):
+        return len(_split(data)[0])
+    return len(data) if isinstance(data, Dataset) and hasattr(data, "__len__") else None
 
 
 def _batches(data: Any, batch_size: int) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
@@ -190,7 +201,8 @@ def _batches(data: Any, batch_size: int) -> Iterator[tuple[Tensor, dict[str, Ten
         for i in range(0, len(images), batch_size):
             yield images[i : i + batch_size], {k: v[i : i + batch_size] for k, v in conditioning.items()}
     elif isinstance(data, Dataset):
-        for batch in DataLoader(data, batch_size=batch_size):
+        # A generator of its own: a DataLoader draws a seed, also when nothing is shuffled.
+        for batch in DataLoader(data, batch_size=batch_size, generator=Generator()):
             yield _split(batch)
     elif isinstance(data, Iterable):
         for batch in data:
@@ -206,12 +218,21 @@ def _batches(data: Any, batch_size: int) -> Iterator[tuple[Tensor, dict[str, Ten
 
 def _split(batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
     if isinstance(batch, Tensor):
-        return batch, {}
+        batch = {"images": batch}
     if not isinstance(batch, Mapping) or "images" not in batch:
         keys = list(batch) if isinstance(batch, Mapping) else type(batch).__name__
         raise ArgumentError(f"expected a tensor or a mapping with the key 'images', got {keys}")
-    tensors = {k: torch.as_tensor(v) for k, v in batch.items()}
+    tensors = {}
+    for name, value in batch.items():
+        try:
+            tensors[name] = torch.as_tensor(value)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ArgumentError(
+                f"expected tensors, arrays or numbers for {name!r}, got {type(value).__name__}: encode prompts first ({error})"
+            ) from error
     images = tensors.pop("images")
+    if images.ndim == 0:
+        raise ShapeError("expected images (n, channels, height, width), got a scalar")
     for name, tensor in tensors.items():
         if tensor.ndim == 0 or len(tensor) != len(images):
             raise ShapeError(f"expected {len(images)} rows of {name!r}, one for each image, got {tuple(tensor.shape)}")

@@ -6,6 +6,7 @@ to a temporary file in the same folder, flushed to disk, and moved over its name
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
@@ -18,8 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load, save, save_file
 from torch import Tensor
+
+from bayesdiff.checks import PosteriorFileError, check_output_folder
 
 PACKAGES = ("torch", "diffusers", "laplace-torch", "numpy")
 
@@ -71,6 +75,55 @@ def write_figure(path: str | os.PathLike[str], figure: Any, *, dpi: int = 200) -
     """Write a matplotlib ``Figure`` in the format of the suffix, whole or not at all."""
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=dpi)
+
+
+def write_folder(
+    folder: str | os.PathLike[str], name: str, version: int, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]
+) -> None:
+    """Write ``name.json`` and a safetensors file; what was there stays whole until the new is.
+
+    Raises:
+        OutputFolderError: The folder cannot be written.
+    """
+    path = check_output_folder(folder)
+    payload = save({k: v.detach().cpu().contiguous() for k, v in tensors.items()})
+    digest = hashlib.sha256(payload).hexdigest()
+    # The file's name carries its content, so name.json, replaced last, always names a complete one.
+    final = path / f"{name}-{digest[:16]}.safetensors"
+    with atomic_path(final) as temporary:
+        temporary.write_bytes(payload)
+    write_json(path / f"{name}.json", {"format": version, "tensors": final.name, "sha256": digest, **meta})
+    for old in path.glob(f"{name}-*.safetensors"):
+        if old != final:
+            old.unlink()
+
+
+def read_folder(folder: str | os.PathLike[str], name: str, version: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read what :func:`write_folder` wrote.
+
+    Raises:
+        PosteriorFileError: A file is missing, damaged, truncated or of an unknown version.
+    """
+    path = Path(folder)
+    try:
+        meta = json.loads((path / f"{name}.json").read_text(encoding="utf-8"))
+        if meta["format"] != version:
+            raise PosteriorFileError(f"expected {name} format {version}, got {meta['format']!r} in {str(path)!r}")
+        payload = (path / meta["tensors"]).read_bytes()
+        if hashlib.sha256(payload).hexdigest() != meta["sha256"]:
+            raise PosteriorFileError(
+                f"expected {meta['tensors']} in {str(path)!r} to have the checksum that {name}.json records, got another: the "
+                "file is damaged or truncated; save it again"
+            )
+        # Copied: tensors within the file's bytes are not aligned as others are, and would be summed in another order.
+        return {k: v.clone() for k, v in load(payload).items()}, meta
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        if isinstance(error, PosteriorFileError):
+            raise
+        saved = {"posterior": "LaplacePosterior", "statistics": "Statistics"}.get(name, name)
+        raise PosteriorFileError(
+            f"expected what {saved}.save wrote in {str(path)!r}, got {type(error).__name__}: {error}"
+        ) from error
 
 
 def environment(device: torch.device | str = "cpu") -> dict[str, Any]:

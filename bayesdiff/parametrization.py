@@ -29,8 +29,8 @@ PREDICTIONS = ("epsilon", "v_prediction", "sample", "flow")
 
 
 def is_flow(scheduler: Any) -> bool:
-    """Whether a scheduler is of the flow-matching family."""
-    return "FlowMatch" in type(scheduler).__name__
+    """Whether a scheduler's schedule is that of flow matching, by its family or because it is set to it."""
+    return "FlowMatch" in type(scheduler).__name__ or bool(getattr(scheduler.config, "use_flow_sigmas", False))
 
 
 def prediction_type(scheduler: Any) -> str:

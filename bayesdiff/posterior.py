@@ -1,63 +1,48 @@
 r"""The Laplace posterior over a head's weights: exact, because the problem is linear regression.
 
-With features :math:`\varphi` (D of them), noise variance :math:`\sigma_t^2` and prior precision
-:math:`\tau`, the generalised Gauss–Newton (GGN) precision of each output channel's weights is
+With features :math:`\varphi` (D of them), the posterior of the C × D weights is :math:`\mathcal N(W, \Sigma)`: the mean is
+always the pretrained network's own weights, and Σ one of the covariances and structures of :mod:`bayesdiff.structure`, cut
+from one set of sums (:mod:`bayesdiff.curvature`).
 
-    Λ_τ = Σ φφᵀ/σ_t² + τ I          Σ_ggn = Λ_τ⁻¹ ⊗ I_C
-
-(MacKay 1992; Daxberger et al. 2021). It takes every pixel for an independent observation, which pixels
-of one image are not. The robust ("sandwich") covariance of an M-estimator (Huber 1967, White 1980; clustered
-by image, Liang & Zeger 1986) is
-
-    Σ_sandwich = H_τ⁻¹ (Σ_i g_i g_iᵀ) H_τ⁻¹     H_τ = Σ w_t φφᵀ + τ I     g_i = Σ_{draws, positions of i} w_t r φᵀ
-
-with r the residuals and :math:`w_t` the weights of the loss that the network was *trained* with, because that loss
-is what the pretrained weights minimise, and the formula holds at a minimum. Most networks are trained
-with equal weights over t; then :math:`w_t = 1/\bar\sigma^2`, the pooled residual variance. With
-:math:`w_t = 1/\sigma_t^2` (``loss_weights="noise"``) the pretrained weights are no minimum, and the sandwich is
-too large (docs/design.md has the figures).
-
-Either covariance is used whole (``structure="full"``) or with each of its matrices cut to its diagonal
-(``"diag"``). The mean is always the pretrained network's own weights.
+The GGN and the empirical Fisher weigh timesteps by 1/σ_t², as the likelihood does. The sandwich is the covariance of the
+estimator that was computed, the minimiser of the *training* loss, and its formula holds at that loss's minimum: so it takes the
+weights :math:`w_t` of the loss that the network was trained with. Most networks are trained with equal weights over t; then
+:math:`w_t = 1/\bar\sigma^2`, the pooled residual variance. With :math:`w_t = 1/\sigma_t^2`
+(``loss_weights="noise"``) the pretrained weights are no minimum, and the sandwich is too large (docs/design.md has the figures).
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
-import warnings
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
-from scipy.optimize import brentq
+from scipy.optimize import minimize_scalar
 from torch import Generator, Tensor
 
 from bayesdiff.checks import (
     ArgumentError,
-    BayesdiffWarning,
     HeadMismatchError,
-    NotPositiveDefiniteError,
     PosteriorFileError,
+    ShapeError,
     check_choice,
     check_finite,
     check_int,
-    check_output_folder,
     check_positive,
 )
 from bayesdiff.curvature import Statistics
+from bayesdiff.evidence import evidence_noise, evidence_prior_precision, log_evidence
 from bayesdiff.gaussian import Gaussian
 from bayesdiff.head import Head, HeadGeometry, find_head
-from bayesdiff.io import atomic_path
-from bayesdiff.rng import normal
+from bayesdiff.io import read_folder, write_folder
+from bayesdiff.links import LINK_APPROXIMATIONS, Link, push_deviations
+from bayesdiff.links import link as find_link
+from bayesdiff.predictive import closed_variance, monte_carlo
+from bayesdiff.structure import COVARIANCES, STRUCTURES, TOLERANCE, Covariance, build
 
-STRUCTURES = ("full", "diag")
-COVARIANCES = ("sandwich", "ggn")
 FORMAT = 1
 
 
@@ -75,21 +60,25 @@ class LaplacePosterior:
     Args:
         mean: W, the network's own weights, bias as the last column, ``(C, D)`` float64.
         geometry: How features come from the layer's input.
-        structure: ``"full"`` or ``"diag"``.
-        covariance: ``"sandwich"`` or ``"ggn"``.
-        precision: Λ (``"ggn"``) or H (``"sandwich"``) without the prior: ``(D, D)``; its diagonal ``(D,)`` for
-            ``"diag"``.
-        spectrum: The eigenvalues of Λ, or its diagonal for ``"diag"``, ``(D,)``: all that the evidence needs.
-        scores: For ``"sandwich"`` a matrix G with :math:`G^\top G = \sum_i g_i g_i^\top`, ``(R, C, D)``
+        structure: ``"full"``, ``"kron"``, ``"diag"`` or ``"lowrank"``.
+        covariance: ``"sandwich"``, ``"ggn"`` or ``"ef"``.
+        precision: A = Σ w φφᵀ, without the prior: ``(D, D)``; its diagonal ``(D,)`` for ``"diag"``.
+        spectrum: The eigenvalues of the GGN's (or the EF's) precision without the prior by channel, ``(1 or C, D)``: all that the
+            evidence needs. Its diagonal for ``"diag"``.
+        scores: For ``"sandwich"`` and ``"ef"`` a matrix G with :math:`G^\top G = \sum_i g_i g_i^\top`, ``(R, C, D)``
             (R = 1 and the diagonal's square root for ``"diag"``); empty for ``"ggn"``.
-        prior_precision: τ.
-        weights: The weight of each timestep bin in the precision and in :math:`g_i`, ``(T,)``.
+        prior_precision: τ: a number, or one for each channel ``(C,)``.
+        weights: The weight of each timestep bin in A and in :math:`g_i`, ``(T,)``.
         noise_variance: :math:`\sigma_b^2` by timestep bin, ``(T,)``.
         log_likelihood: :math:`\log p(\text{data}\mid W)`, in nats.
         num_timesteps: Training timesteps that the bins divide.
         num_images: n, the images that the statistics come from.
         dataset_size: N, the images that the posterior speaks for; statistics are scaled by N/n.
         head_path: Where the head is in the network.
+        rank: r of ``"lowrank"``; None: as ``tolerance`` asks.
+        tolerance: For ``"lowrank"``, the share of the mean predictive variance that may be left to the diagonal.
+        temperature: Σ is multiplied by it (the posterior to the power 1/T; Wenzel et al. 2020).
+        statistics: The sums that it was cut from, for :meth:`recut`; not saved with it.
     """
 
     mean: Tensor
@@ -99,7 +88,7 @@ class LaplacePosterior:
     precision: Tensor
     spectrum: Tensor
     scores: Tensor
-    prior_precision: float
+    prior_precision: float | Tensor
     weights: Tensor
     noise_variance: Tensor
     log_likelihood: float
@@ -107,15 +96,40 @@ class LaplacePosterior:
     num_images: int
     dataset_size: int
     head_path: str
+    rank: int | None = None
+    tolerance: float = TOLERANCE
+    temperature: float = 1.0
     statistics: Statistics | None = field(default=None, repr=False)
-    _factor: Tensor = field(init=False, repr=False)
+    _sigma: Covariance = field(init=False, repr=False)
     _cache: dict[Any, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         check_choice("structure", self.structure, STRUCTURES)
         check_choice("covariance", self.covariance, COVARIANCES)
-        check_positive("prior_precision", self.prior_precision)
-        object.__setattr__(self, "_factor", self._covariance_factor())
+        check_positive("temperature", self.temperature)
+        if self.rank is not None:
+            check_int("rank", self.rank, least=1)
+        elif not 0 <= self.tolerance < 1:
+            raise ArgumentError(f"expected 0 <= tolerance < 1, got {self.tolerance}")
+        sigma = build(
+            self.structure, self.covariance, self.precision, self.scores, self._tau(), self.rank, self.tolerance
+        )
+        object.__setattr__(self, "_sigma", sigma)
+
+    def _tau(self) -> Tensor:
+        """τ by channel, ``(C,)`` float64."""
+        tau = torch.as_tensor(self.prior_precision, dtype=torch.float64)
+        if tau.shape not in ((), self.mean.shape[:1]) or not bool(((tau > 0) & torch.isfinite(tau)).all()):
+            raise ArgumentError(
+                f"expected a finite prior_precision > 0, or {len(self.mean)} of them, one for each output channel, got "
+                f"{self.prior_precision}"
+            )
+        return tau.expand(len(self.mean))
+
+    @property
+    def approximation_error(self) -> float:
+        """What the structure leaves out: see :class:`bayesdiff.structure.Covariance`."""
+        return self._sigma.approximation_error
 
     @classmethod
     def from_statistics(
@@ -125,67 +139,144 @@ class LaplacePosterior:
         *,
         structure: str = "full",
         covariance: str = "sandwich",
-        prior_precision: float | None = None,
+        prior_precision: float | Tensor | str | None = None,
+        noise_variance: float | Tensor | str = "residual",
         loss_weights: str | Tensor = "uniform",
         dataset_size: int | None = None,
         num_timesteps: int = 1000,
+        rank: int | None = None,
+        tolerance: float = TOLERANCE,
+        temperature: float = 1.0,
     ) -> LaplacePosterior:
         r"""Cut a posterior from statistics; no pass over the data.
 
         Args:
             statistics: The sums.
             head: The head that they belong to.
-            structure: ``"full"`` or ``"diag"``.
-            covariance: ``"sandwich"`` or ``"ggn"``.
-            prior_precision: τ > 0; by default the value that maximises the evidence (MacKay 1992).
+            structure: ``"full"``, ``"kron"``, ``"diag"`` or ``"lowrank"``; see :mod:`bayesdiff.structure`.
+            covariance: ``"sandwich"``, ``"ggn"`` or ``"ef"``.
+            prior_precision: τ > 0, or one for each output channel; None or ``"evidence"``: the value that maximises the
+                evidence (MacKay 1992); ``"channel"``: one for each channel by evidence.
+            noise_variance: :math:`\sigma_b^2`: ``"residual"``, the residual variance of each timestep bin; ``"evidence"``, what
+                maximises the evidence; or given, a number or one for each bin.
             loss_weights: For the sandwich, the weights over t of the loss that the network was trained
                 with: ``"uniform"``, ``"noise"`` (:math:`1/\sigma_t^2`), or a tensor with one for each bin.
             dataset_size: N, the number of images that the network was trained on: statistics are
                 scaled by N/n. By default n: the posterior of a network trained on the n images given.
             num_timesteps: Training timesteps that the bins of the statistics divide.
+            rank: r of ``"lowrank"``; by default as many as ``tolerance`` asks.
+            tolerance: The share of the mean predictive variance that ``"lowrank"`` may leave to its diagonal.
+            temperature: Multiplies the covariance.
 
         Raises:
             EmptyDataError: The statistics are empty.
             ArgumentError: An argument is out of range, or the residuals vanish.
             NotPositiveDefiniteError: Λ + τI has no Cholesky factor in float64.
         """
-        check_choice("structure", structure, STRUCTURES)
-        check_choice("covariance", covariance, COVARIANCES)
+        return cls._cut(
+            statistics, head.weight().cpu(), head.path, structure=structure, covariance=covariance,
+            prior_precision=prior_precision, noise_variance=noise_variance, loss_weights=loss_weights,
+            dataset_size=dataset_size, num_timesteps=num_timesteps, rank=rank, tolerance=tolerance, temperature=temperature,
+        )  # fmt: skip
+
+    @classmethod
+    def _cut(
+        cls,
+        statistics: Statistics,
+        mean: Tensor,
+        head_path: str,
+        *,
+        structure: str,
+        covariance: str,
+        prior_precision: float | Tensor | str | None,
+        noise_variance: float | Tensor | str,
+        loss_weights: str | Tensor,
+        dataset_size: int | None,
+        num_timesteps: int,
+        rank: int | None,
+        tolerance: float,
+        temperature: float,
+    ) -> LaplacePosterior:
+        check_settings(
+            len(mean), statistics.num_bins, structure=structure, covariance=covariance, prior_precision=prior_precision,
+            noise_variance=noise_variance, loss_weights=loss_weights, dataset_size=dataset_size,
+        )  # fmt: skip
+        n = statistics.num_images
         noise = statistics.noise_variance()
         if not bool((noise > 0).all()):
             raise ArgumentError("expected residuals that do not vanish, got a noise variance of 0 in some timestep bin")
-        n = statistics.num_images
-        size = n if dataset_size is None else check_int("dataset_size", dataset_size, least=1)
+        size = n if dataset_size is None else dataset_size
         if size < n:
             raise ArgumentError(f"expected dataset_size >= the {n} images fitted to, got {size}")
         scale = size / n
+        diagonal = structure == "diag"
+        count = statistics.positions * statistics.geometry.out_channels
+        squares = statistics.squared_residuals.sum(1)
+
+        def choose_prior(precision: Tensor) -> Tensor:
+            spectrum = precision.diagonal() if diagonal else torch.linalg.eigvalsh(precision)
+            return _prior(prior_precision, spectrum[None].cpu(), mean)
+
+        if not isinstance(noise_variance, str):
+            noise = torch.as_tensor(noise_variance).to(noise).expand(noise.shape).clone()
+        elif noise_variance == "evidence":
+            noise, _ = evidence_noise(
+                scale * statistics.gram, scale * squares, scale * count, mean.to(noise), noise, choose_prior,
+                diagonal=diagonal,
+            )  # fmt: skip
         weights = 1 / noise
         if covariance == "sandwich":
             weights = _loss_weights(loss_weights, noise, statistics.pooled_variance())
-        fisher = scale * statistics.precision(1 / noise)
         precision = scale * statistics.precision(weights)
         scores = statistics.image_scores(weights) * math.sqrt(scale)
-        if structure == "diag":
-            spectrum, precision = fisher.diagonal().clone(), precision.diagonal().clone()
+        if diagonal:
+            precision = precision.diagonal().clone()
             scores = scores.square().sum(0, keepdim=True).sqrt()
-        else:
-            spectrum = torch.linalg.eigvalsh(fisher)
-            if len(scores) > scores[0].numel():
-                # More images than weights: the triangular factor has the same Gram matrix and fewer rows.
-                scores = torch.linalg.qr(scores.flatten(1), mode="r").R.unflatten(1, scores.shape[1:])
+        elif len(scores) > scores[0].numel():
+            # More images than weights: the triangular factor has the same Gram matrix and fewer rows.
+            scores = torch.linalg.qr(scores.flatten(1), mode="r").R.unflatten(1, scores.shape[1:])
+        spectrum = _spectrum(statistics, covariance, scores, scale, noise, diagonal=diagonal)
         if covariance == "ggn":
             scores = scores[:0]
-        mean = head.weight().cpu()
-        count = statistics.positions * statistics.geometry.out_channels
-        squares = statistics.squared_residuals.sum(1)
         log_likelihood = -0.5 * scale * float((squares / noise + count * torch.log(2 * math.pi * noise)).sum())
-        spectrum = spectrum.cpu()
-        if prior_precision is None:
-            prior_precision = evidence_prior_precision(spectrum, mean)
+        tau = _prior(prior_precision, spectrum.cpu(), mean)
         return cls(
-            mean, statistics.geometry, structure, covariance, precision.cpu(), spectrum, scores.cpu(),
-            float(prior_precision), weights.cpu(), noise.cpu(), log_likelihood, num_timesteps, n, size, head.path, statistics,
+            mean, statistics.geometry, structure, covariance, precision.cpu().contiguous(), spectrum.cpu().contiguous(),
+            scores.cpu().contiguous(),
+            float(tau[0]) if bool((tau == tau[0]).all()) else tau, weights.cpu(), noise.cpu(), log_likelihood,
+            num_timesteps, n, size, head_path, rank, tolerance, temperature, statistics,
         )  # fmt: skip
+
+    def recut(self, **changes: Any) -> LaplacePosterior:
+        """The same posterior with other settings, from the same sums: no pass over the data.
+
+        Args:
+            changes: Any keyword of :meth:`from_statistics`. What is not named stays: structure, covariance, prior, noise,
+                dataset size, rank, tolerance, temperature. Where the covariance changes, the weights over t are those of its
+                default unless ``loss_weights`` is given.
+
+        Raises:
+            ArgumentError: The posterior was loaded from a file, which has no sums; or a setting is out of range.
+        """
+        if self.statistics is None:
+            raise ArgumentError(
+                "expected a posterior that still has its statistics, got one that was loaded: keep them with "
+                "Statistics.save, and use LaplacePosterior.from_statistics(Statistics.load(…), head, …)"
+            )
+        covariance = changes.get("covariance", self.covariance)
+        own: str | Tensor = "uniform"
+        if covariance == "sandwich" == self.covariance:
+            own = self.weights * self.statistics.pooled_variance()
+        settings: dict[str, Any] = {
+            "structure": self.structure, "covariance": covariance, "prior_precision": self.prior_precision,
+            "noise_variance": self.noise_variance, "loss_weights": own, "dataset_size": self.dataset_size,
+            "num_timesteps": self.num_timesteps, "rank": self.rank, "tolerance": self.tolerance,
+            "temperature": self.temperature,
+        }  # fmt: skip
+        unknown = sorted(set(changes) - set(settings))
+        if unknown:
+            raise ArgumentError(f"expected settings among {', '.join(settings)}, got {', '.join(unknown)}")
+        return self._cut(self.statistics, self.mean, self.head_path, **(settings | changes))
 
     @property
     def fingerprint(self) -> str:
@@ -216,39 +307,6 @@ class LaplacePosterior:
             )
         return found
 
-    def _cholesky(self) -> Tensor:
-        """L with LLᵀ = Λ + τI (``"full"``), float64."""
-        d = len(self.precision)
-        factor, info = torch.linalg.cholesky_ex(
-            self.precision + self.prior_precision * torch.eye(d, dtype=torch.float64)
-        )
-        if int(info) != 0:
-            least = torch.linalg.eigvalsh(self.precision)[0].item()
-            raise NotPositiveDefiniteError(
-                f"expected a positive definite precision, but its least eigenvalue is {least:.3g} and the prior precision "
-                f"{self.prior_precision:.3g} does not mend it; give a larger prior_precision, or more images"
-            )
-        return factor
-
-    def _covariance_factor(self) -> Tensor:
-        """full: F with Σ_c = F_cᵀF_c, ``(1 or C, R, D)``; diag: the variances, ``(1 or C, D)``."""
-        if self.structure == "diag":
-            inverse = 1 / (self.precision + self.prior_precision)
-            return inverse[None] if self.covariance == "ggn" else self.scores[0].square() * inverse.square()
-        chol = self._cholesky()
-        if self.covariance == "ggn":
-            eye = torch.eye(len(chol), dtype=torch.float64)
-            return torch.linalg.solve_triangular(chol, eye, upper=False)[None]  # L⁻¹
-        deviations = self._score_deviations(chol).movedim(1, 0)  # (C, R, D)
-        if deviations.shape[1] > deviations.shape[2]:
-            deviations = torch.linalg.qr(deviations, mode="r").R
-        return deviations
-
-    def _score_deviations(self, chol: Tensor) -> Tensor:
-        """G Λ_τ⁻¹, ``(R, C, D)``: a square root of the joint sandwich covariance over all channels."""
-        flat = self.scores.flatten(0, 1)
-        return torch.cholesky_solve(flat.T, chol).T.unflatten(0, self.scores.shape[:2])
-
     def _placed(self, name: str, tensor: Tensor, like: Tensor) -> Tensor:
         """``tensor`` on the device and in the working dtype of ``like``, kept for the next call."""
         dtype = torch.promote_types(like.dtype, torch.float32)
@@ -275,19 +333,20 @@ class LaplacePosterior:
         """
         self.geometry.check(features)
         check_finite("features", features)
-        factor = self._placed("factor", self._factor, features)
-        x = features.to(factor.dtype)
-        c = self.geometry.out_channels
-        channel = 1 if self.geometry.kind == "conv" else -1
-        if self.structure == "diag":
-            out = self.geometry.squared(x, factor)
-            if len(factor) == c:
-                return out
-            shape = list(out.shape)
-            shape[channel] = c
-            return out.expand(shape).contiguous()
-        parts = [self.geometry.squared_norm(x, f) for f in factor]
-        return torch.stack(parts * c if len(parts) == 1 else parts, dim=channel)
+        x = features.to(torch.promote_types(features.dtype, torch.float32))
+        parts = {k: getattr(self._sigma, k) for k in ("rows", "scales", "diagonal")}
+        placed = {k: None if v is None else self._placed(k, v, x) for k, v in parts.items()}
+        return self.temperature * closed_variance(self.geometry, x, **placed)
+
+    def weight_variance(self) -> Tensor:
+        """The variance of each weight, the diagonal of Σ: ``(C, D)`` float64."""
+        sigma, total = self._sigma, torch.zeros_like(self.mean)
+        if sigma.rows is not None:
+            squares = sigma.rows.square()
+            total = total + (squares.sum(1) if sigma.scales is None else (sigma.scales[:, None] @ squares)[:, 0])
+        if sigma.diagonal is not None:
+            total = total + sigma.diagonal
+        return self.temperature * total
 
     def predict(
         self,
@@ -295,77 +354,102 @@ class LaplacePosterior:
         link_approx: str = "linearized",
         n_samples: int = 100,
         *,
-        link: str = "identity",
+        link: str | Link = "identity",
         generator: Generator | None = None,
     ) -> Gaussian:
-        r"""The predictive distribution of the network's output at one step.
+        r"""The predictive distribution of h(y), y the network's output at one step and h a link.
 
         Args:
             features: As they enter the layer.
-            link_approx: ``"linearized"``: mean Wφ and variance φᵀΣφ, exact for the identity link;
-                ``"mc"``: mean and variance over ``n_samples`` weight draws, with a relative error of
-                √(2/(n−1)) in the variance.
-            n_samples: Number of draws for ``"mc"``, at least 2.
-            link: ``"identity"``.
-            generator: For ``"mc"``.
+            link_approx: ``"exact"``: the moments in closed form; ``"linearized"``: h(μ) and h'(μ)²σ², with μ = Wφ and
+                σ² = φᵀΣφ, which for the identity is exact too; ``"probit"``: for sigmoids; ``"mc"``: over ``n_samples`` weight
+                draws. Not every link has every one (:mod:`bayesdiff.links`).
+            n_samples: n, draws for ``"mc"`` (at least 2), and for the Jacobian-vector products of a map that is not elementwise.
+            link: ``"identity"``, ``"clamped_pixel"``, ``"sigmoid"``, or a link object.
+            generator: For draws.
 
         Returns:
-            A :class:`Gaussian` shaped as the layer's output.
+            A :class:`Gaussian` of the first two moments, shaped as the layer's output (as h of it, for a map that is not
+            elementwise), in the units of h.
 
         Raises:
-            ArgumentError: Another link or approximation.
+            ArgumentError: Another link or approximation, or a pair that has no meaning.
             ShapeError: The features don't fit the layer.
             NonFiniteError: They are NaN or infinite.
         """
-        check_choice("link", link, ("identity",))
-        if link_approx == "probit":
-            raise ArgumentError(
-                'expected link_approx "linearized" or "mc" for the identity link, got "probit": the probit approximation '
-                "is for sigmoid links; the linearized variance is exact here"
-            )
-        check_choice("link_approx", link_approx, ("linearized", "mc"))
-        if link_approx == "linearized":
-            variance = self.variance(features)
-            mean = self._placed("mean", self.mean, features)
-            return Gaussian(self.geometry.apply(features.to(mean.dtype), mean.unsqueeze(0))[0], variance)
-        check_int("n_samples", n_samples, least=2)
+        chosen = find_link(link)
+        check_choice("link_approx", link_approx, LINK_APPROXIMATIONS)
         self.geometry.check(features)
         check_finite("features", features)
-        dtype = torch.promote_types(features.dtype, torch.float32)
-        weights = self.sample(n_samples, generator).to(features.device, dtype)
-        draws = self.geometry.apply(features.to(dtype), weights)
-        return Gaussian(draws.mean(0), draws.var(0))
+        mean = self._placed("mean", self.mean, features)
+        x = features.to(mean.dtype)
+        if link_approx == "mc":
+            check_int("n_samples", n_samples, least=2)
+            return monte_carlo(self.geometry, x, mean, lambda k: self.deviations(k, generator), n_samples, chosen)
+        output = self.geometry.apply(x, mean[None])[0]
+        if link_approx == "linearized" and not chosen.elementwise:
+            check_int("n_samples", n_samples, least=1)
+            away = self.geometry.apply(x, self.deviations(n_samples, generator).to(mean))
+            return push_deviations(chosen, output, away)
+        return chosen.moments(Gaussian(output, self.variance(features)), link_approx)
 
     def deviations(self, n: int, generator: Generator | None = None) -> Tensor:
         r"""n draws of :math:`\delta W \sim \mathcal N(0, \Sigma)`: ``(n, C, D)`` float64, on the CPU.
 
-        Under the full sandwich the draws carry the covariance between output channels too.
+        Where Σ has covariances between output channels, the draws have them too.
         """
         check_int("n", n, least=1)
-        c, d = self.mean.shape
-        if self.structure == "diag":
-            return normal((n, c, d), generator) * self._factor.sqrt()
-        if self.covariance == "ggn":
-            return normal((n, c, d), generator) @ self._factor[0]
-        root = self._score_deviations(self._cholesky()).flatten(1)  # (R, C·D)
-        return (normal((n, len(root)), generator) @ root).unflatten(1, (c, d))
+        return self._sigma.draw(n, generator) * math.sqrt(self.temperature)
 
     def sample(self, n: int, generator: Generator | None = None) -> Tensor:
         """n draws of the head's weights, bias as the last column: ``(n, C, D)`` float64, on the CPU."""
         return self.mean + self.deviations(n, generator)
 
     def log_marginal_likelihood(self) -> float:
-        r"""The Laplace evidence, in nats.
+        """The Laplace evidence, in nats (:func:`bayesdiff.evidence.log_evidence`).
 
-            log p(data | W) − ½ [C log det(Λ_τ) − C D log τ + τ ‖W‖²]
-
-        (MacKay 1992, eq. 4.7, in the form of Immer et al. 2021). It treats pixels as independent, as the GGN
-        does, whichever covariance is used for prediction.
+        It treats pixels as independent, as the GGN does; under ``"sandwich"`` it is that of the GGN.
         """
-        c, d = self.mean.shape
-        log_det = float(torch.log(self.spectrum.clamp(min=0) + self.prior_precision).sum())
-        scatter = self.prior_precision * float(self.mean.square().sum())
-        return self.log_likelihood - 0.5 * (c * (log_det - d * math.log(self.prior_precision)) + scatter)
+        return log_evidence(self.log_likelihood, self.spectrum, self._tau(), self.mean)
+
+    def heldout_log_likelihood(self, features: Tensor, residuals: Tensor, timesteps: Tensor) -> float:
+        r"""The mean of :math:`\log\mathcal N(r;\,0,\ \sigma_t^2 + \varphi^\top\Sigma\varphi)` over held-out residuals, in nats.
+
+        Args:
+            features: As they enter the layer, ``(B, ...)``.
+            residuals: r = target − prediction, shaped as the layer's output.
+            timesteps: t of each row, ``(B,)``.
+
+        Raises:
+            ShapeError: The residuals are not shaped as the output.
+        """
+        variance = self.variance(features).double()
+        if residuals.shape != variance.shape or timesteps.shape != variance.shape[:1]:
+            raise ShapeError(
+                f"expected residuals {tuple(variance.shape)} and {len(variance)} timesteps, got {tuple(residuals.shape)} and "
+                f"{tuple(timesteps.shape)}"
+            )
+        bins = (
+            (timesteps * len(self.noise_variance) / self.num_timesteps).long().clamp(max=len(self.noise_variance) - 1)
+        )
+        total = variance + self.noise_variance.to(variance)[bins].view(-1, *[1] * (variance.ndim - 1))
+        return float(-0.5 * (torch.log(2 * math.pi * total) + residuals.double().square() / total).mean())
+
+    def with_heldout_prior(self, features: Tensor, residuals: Tensor, timesteps: Tensor) -> LaplacePosterior:
+        """The posterior with the one prior precision that predicts held-out residuals best: the alternative to the evidence.
+
+        Brent's method in log τ, between 1e-4 and 1e8 times the evidence's τ; each trial is a :meth:`recut`. Arguments and errors
+        as of :meth:`heldout_log_likelihood` and :meth:`recut`.
+        """
+        start = math.log(evidence_prior_precision(self.spectrum, self.mean))
+
+        def loss(log_tau: float) -> float:
+            cut = self.recut(prior_precision=math.exp(log_tau))
+            return -cut.heldout_log_likelihood(features, residuals, timesteps)
+
+        bounds = (start - math.log(1e4), start + math.log(1e8))
+        best = minimize_scalar(loss, bounds=bounds, method="bounded", options={"xatol": 0.05})
+        return self.recut(prior_precision=math.exp(float(best.x)))
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write ``posterior.json`` and a safetensors file; what was there stays whole until the new is.
@@ -373,37 +457,26 @@ class LaplacePosterior:
         Raises:
             OutputFolderError: The folder cannot be written.
         """
-        path = check_output_folder(folder)
         tensors = {
             "mean": self.mean, "precision": self.precision, "spectrum": self.spectrum, "scores": self.scores,
-            "weights": self.weights, "noise_variance": self.noise_variance,
+            "weights": self.weights, "noise_variance": self.noise_variance, "prior_precision": self._tau(),
         }  # fmt: skip
-        payload = save({k: v.contiguous() for k, v in tensors.items()})
-        digest = hashlib.sha256(payload).hexdigest()
-        # The name carries the content, so posterior.json, replaced last, always names a complete file.
-        final = path / f"posterior-{digest[:16]}.safetensors"
-        with atomic_path(final) as temporary:
-            Path(temporary).write_bytes(payload)
         meta = {
-            "format": FORMAT,
-            "tensors": final.name,
-            "sha256": digest,
             "fingerprint": self.fingerprint,
             "head": self.head_path,
             "geometry": self.geometry.to_dict(),
             "structure": self.structure,
             "covariance": self.covariance,
-            "prior_precision": self.prior_precision,
+            "prior_precision": self._tau().unique().tolist(),
+            "rank": self.rank,
+            "tolerance": self.tolerance,
+            "temperature": self.temperature,
             "log_likelihood": self.log_likelihood,
             "num_timesteps": self.num_timesteps,
             "num_images": self.num_images,
             "dataset_size": self.dataset_size,
         }
-        with atomic_path(path / "posterior.json") as temporary:
-            Path(temporary).write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
-        for old in path.glob("posterior-*.safetensors"):
-            if old != final:
-                old.unlink()
+        write_folder(folder, "posterior", FORMAT, tensors, meta)
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str], model: Any = None) -> LaplacePosterior:
@@ -418,82 +491,110 @@ class LaplacePosterior:
             PosteriorFileError: A file is missing, damaged, truncated or of an unknown version.
             HeadMismatchError: ``model`` has other weights.
         """
-        path = Path(folder)
+        tensors, meta = read_folder(folder, "posterior", FORMAT)
         try:
-            meta = json.loads((path / "posterior.json").read_text(encoding="utf-8"))
-            if meta["format"] != FORMAT:
-                raise PosteriorFileError(f"expected posterior format {FORMAT}, got {meta['format']!r} in {path}")
-            file = path / meta["tensors"]
-            if hashlib.sha256(file.read_bytes()).hexdigest() != meta["sha256"]:
-                raise PosteriorFileError(
-                    f"expected {file} to have the checksum that posterior.json records, got another: the file is damaged "
-                    "or truncated; save the posterior again"
-                )
-            tensors = load_file(file)
+            tau = tensors["prior_precision"]
             posterior = cls(
                 tensors["mean"], HeadGeometry.from_dict(meta["geometry"]), meta["structure"], meta["covariance"],
-                tensors["precision"], tensors["spectrum"], tensors["scores"], meta["prior_precision"],
-                tensors["weights"], tensors["noise_variance"], meta["log_likelihood"], meta["num_timesteps"], meta["num_images"],
-                meta["dataset_size"], meta["head"],
+                tensors["precision"], tensors["spectrum"], tensors["scores"],
+                float(tau[0]) if bool((tau == tau[0]).all()) else tau, tensors["weights"], tensors["noise_variance"],
+                meta["log_likelihood"], meta["num_timesteps"], meta["num_images"], meta["dataset_size"], meta["head"],
+                meta["rank"], meta["tolerance"], meta["temperature"],
             )  # fmt: skip
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-            if isinstance(error, PosteriorFileError):
-                raise
+        except (KeyError, TypeError, ValueError, IndexError) as error:
             raise PosteriorFileError(
-                f"expected a posterior saved by LaplacePosterior.save in {str(path)!r}, got {type(error).__name__}: {error}"
+                f"expected a posterior saved by LaplacePosterior.save in {str(folder)!r}, got {type(error).__name__}: {error}"
             ) from error
         if posterior.fingerprint != meta["fingerprint"]:
             raise PosteriorFileError(
-                f"expected the fingerprint {meta['fingerprint']} in {path}, got {posterior.fingerprint}"
+                f"expected the fingerprint {meta['fingerprint']} in {str(folder)!r}, got {posterior.fingerprint}"
             )
         if model is not None:
             posterior.check(model)
         return posterior
 
 
+def check_settings(
+    channels: int,
+    bins: int,
+    *,
+    structure: str,
+    covariance: str,
+    prior_precision: float | Tensor | str | None,
+    noise_variance: float | Tensor | str,
+    loss_weights: str | Tensor,
+    dataset_size: int | None,
+) -> None:
+    """What can be refused of the settings of a posterior before there are any statistics.
+
+    Raises:
+        ArgumentError: A setting is out of range.
+    """
+    check_choice("structure", structure, STRUCTURES)
+    check_choice("covariance", covariance, COVARIANCES)
+    if isinstance(prior_precision, str):
+        check_choice("prior_precision", prior_precision, ("evidence", "channel"))
+    elif prior_precision is not None:
+        _check_numbers("prior_precision", prior_precision, channels, 'output channel; or None, "evidence", "channel"')
+    if isinstance(noise_variance, str):
+        check_choice("noise_variance", noise_variance, ("residual", "evidence"))
+        if noise_variance == "evidence" and covariance == "ef":
+            raise ArgumentError(
+                'expected noise_variance "residual" or given numbers for covariance "ef": the fixed point is the GGN\'s'
+            )
+    else:
+        _check_numbers("noise_variance", noise_variance, bins, 'timestep bin; or "residual", "evidence"')
+    if isinstance(loss_weights, str):
+        check_choice("loss_weights", loss_weights, ("uniform", "noise"))
+    else:
+        weights = torch.as_tensor(loss_weights)
+        if weights.shape != (bins,) or not bool(((weights >= 0) & torch.isfinite(weights)).all()):
+            raise ArgumentError(
+                f"expected loss_weights 'uniform', 'noise', or {bins} finite numbers >= 0, one for each timestep bin, got "
+                f"{loss_weights}"
+            )
+    if dataset_size is not None:
+        check_int("dataset_size", dataset_size, least=1)
+
+
+def _check_numbers(name: str, value: float | Tensor, count: int, each: str) -> None:
+    numbers = torch.as_tensor(value)
+    if numbers.shape not in ((), (count,)) or not bool(((numbers > 0) & torch.isfinite(numbers)).all()):
+        raise ArgumentError(
+            f"expected {name} a finite number > 0, or {count} of them, one for each {each}; got {value}"
+        )
+
+
 def _loss_weights(choice: str | Tensor, noise: Tensor, pooled: float) -> Tensor:
     """The weight of each timestep bin in the training loss, in units of 1/(residual variance)."""
     if isinstance(choice, str):
-        check_choice("loss_weights", choice, ("uniform", "noise"))
         return 1 / noise if choice == "noise" else torch.full_like(noise, 1 / pooled)
-    weights = torch.as_tensor(choice).to(noise)
-    if weights.shape != noise.shape or not bool((weights >= 0).all()) or not bool(torch.isfinite(weights).all()):
-        raise ArgumentError(
-            f"expected loss_weights 'uniform', 'noise', or {len(noise)} finite numbers >= 0, one for each timestep bin, "
-            f"got {choice}"
-        )
-    return weights / pooled
+    return torch.as_tensor(choice).to(noise) / pooled
 
 
-def evidence_prior_precision(spectrum: Tensor, weight: Tensor) -> float:
-    r"""The prior precision τ that maximises the evidence.
+def _prior(choice: float | Tensor | str | None, spectrum: Tensor, mean: Tensor) -> Tensor:
+    """τ by channel, ``(C,)``."""
+    if choice is None or (isinstance(choice, str) and choice == "evidence"):
+        return torch.full((len(mean),), evidence_prior_precision(spectrum, mean), dtype=torch.float64)
+    if isinstance(choice, str):
+        rows = spectrum.expand(mean.shape)
+        return torch.tensor(
+            [evidence_prior_precision(r[None], w[None]) for r, w in zip(rows, mean, strict=True)]
+        ).double()
+    return torch.as_tensor(choice, dtype=torch.float64).expand(len(mean)).clone()
 
-    At the maximum :math:`\tau\lVert W\rVert^2 = \gamma(\tau) = C\sum_d \lambda_d/(\lambda_d+\tau)` (MacKay 1992,
-    eq. 4.9): the left side grows with τ, the right falls, so there is one root, found by bracketing in log τ.
 
-    Args:
-        spectrum: Eigenvalues λ of the precision without the prior (its diagonal for ``"diag"``), ``(D,)``.
-        weight: W, ``(C, D)``.
-
-    Returns:
-        τ; 1 with a :class:`BayesdiffWarning` when W or the spectrum vanishes and no root exists.
-    """
-    values = spectrum.double().clamp(min=0)  # eigenvalues of a Gram matrix: below 0 only by rounding
-    norm = float(weight.double().square().sum())
-    if norm == 0 or float(values.max()) == 0:
-        warnings.warn(
-            "the evidence has no maximum in the prior precision (zero weights or features): using 1.0",
-            BayesdiffWarning,
-            stacklevel=2,
-        )
-        return 1.0
-    c = weight.shape[0]
-
-    def slope(log_tau: float) -> float:
-        tau = math.exp(log_tau)
-        return tau * norm - c * float((values / (values + tau)).sum())
-
-    # γ ≤ C·D bounds the root from above; there γ(τ) ≥ γ(τ_max) bounds it from below.
-    high = math.log(c * len(values) / norm)
-    low = math.log(max(c * float((values / (values + math.exp(high))).sum()) / norm, 1e-300)) - 1e-9
-    return math.exp(brentq(slope, low, high + 1e-9, xtol=1e-12))
+def _spectrum(
+    statistics: Statistics, covariance: str, scores: Tensor, scale: float, noise: Tensor, *, diagonal: bool
+) -> Tensor:
+    """Eigenvalues (or the diagonal) of the likelihood's precision, ``(1 or C, D)``."""
+    if covariance == "ef":
+        if diagonal:
+            return scores[0].square()
+        flat = scores.flatten(1)
+        values = scores.new_zeros(flat.shape[1])
+        nonzero = torch.linalg.svdvals(flat).square()
+        values[: len(nonzero)] = nonzero
+        return values.view(scores.shape[1:])
+    fisher = scale * statistics.precision(1 / noise)
+    return (fisher.diagonal().clone() if diagonal else torch.linalg.eigvalsh(fisher))[None]

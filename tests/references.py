@@ -69,10 +69,23 @@ def dense_posterior(
             gradients[int(images[b])] = gradients.get(int(images[b]), torch.zeros(size, dtype=torch.float64)) + g
     precision *= scale
     meat = scale * sum(torch.outer(g, g) for g in gradients.values())
+    d = jac.shape[4]
     if structure == "diag":
         precision, meat = precision.diagonal().diag(), meat.diagonal().diag()
-    inverse = torch.linalg.inv(precision + prior_precision * torch.eye(size, dtype=torch.float64))
+    if structure == "kron":
+        meat = nearest_kronecker(meat, size // d, d)
+    prior = prior_precision * torch.eye(size, dtype=torch.float64)
+    if covariance == "ef":
+        return torch.linalg.inv(meat + prior)
+    inverse = torch.linalg.inv(precision + prior)
     return inverse if covariance == "ggn" else inverse @ meat @ inverse
+
+
+def nearest_kronecker(matrix: Tensor, c: int, d: int) -> Tensor:
+    """B ⊗ A nearest to a ``(c·d, c·d)`` matrix: the leading singular pair of the rearranged matrix."""
+    rearranged = matrix.view(c, d, c, d).permute(0, 2, 1, 3).reshape(c * c, d * d)
+    u, s, vh = torch.linalg.svd(rearranged, full_matrices=False)
+    return torch.kron(s[0] * u[:, 0].view(c, c).contiguous(), vh[0].view(d, d).contiguous())
 
 
 def dense_variance(layer: nn.Module, inputs: Tensor, covariance: Tensor) -> Tensor:

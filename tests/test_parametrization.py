@@ -73,7 +73,6 @@ def test_alpha_sigma_is_the_flow_schedulers_scale_noise(shift):
     torch.testing.assert_close(sigma[:, None].float(), scheduler.scale_noise(zero, t, one), **FLOAT32)
 
 
-@pytest.mark.xfail(reason="a flow schedule is told by the class name only, so these get the VP schedule", strict=True)
 @pytest.mark.parametrize("cls", [DPMSolverMultistepScheduler, UniPCMultistepScheduler])
 def test_alpha_sigma_of_vp_solvers_set_to_flow_sigmas(cls):
     scheduler = cls(**FLOW_SIGMAS)
@@ -182,5 +181,5 @@ def test_predictions_are_read_off_the_scheduler():
     assert not is_flow(DDPMScheduler())
     with pytest.raises(UnsupportedSchedulerError, match="epsilon, v_prediction, sample, flow, got 'score' from DDPM"):
         prediction_type(DDPMScheduler(prediction_type="score"))
-    with pytest.raises(UnsupportedSchedulerError, match="alphas_cumprod .* got EDMEulerScheduler"):
+    with pytest.raises(UnsupportedSchedulerError, match=r"alphas_cumprod .* got EDMEulerScheduler"):
         alpha_sigma(EDMEulerScheduler(), torch.tensor([3]))

@@ -127,7 +127,9 @@ def main(
     # The very draws that the posterior was fitted on.
     draw_seed = bayesdiff.rng.base_seed(torch.Generator().manual_seed(seed))
     grams, crosses = image_moments(pipe, data, fitted.weights, draw_seed, draws)
-    heads = refits(grams, crosses, fitted.prior_precision, refits_number, torch.Generator().manual_seed(seed + 1))
+    heads = refits(
+        grams, crosses, float(fitted.prior_precision), refits_number, torch.Generator().manual_seed(seed + 1)
+    )
     head = bayesdiff.find_head(pipe)
     if fitted.statistics is None or data.heldout is None:
         raise RuntimeError("expected a fresh fit and held-out data")

@@ -1,0 +1,1 @@
+"""When is Monte Carlo needed for a head's predictive distribution?"""
