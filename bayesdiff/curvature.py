@@ -74,7 +74,7 @@ class Statistics:
         by_channel = r.movedim(channel, 1).reshape(len(r), self.geometry.out_channels, -1)  # (B, C, P)
         for b in bins.unique().tolist():
             chosen = bins == b
-            self.gram[b] += self.geometry.gram(x[chosen])
+            self.geometry.add_gram(x if bool(chosen.all()) else x[chosen], self.gram[b])
         self.squared_residuals.index_add_(0, bins, by_channel.square().sum(2, dtype=torch.float64))
         ones = torch.full((len(bins),), float(by_channel.shape[2]), dtype=torch.float64, device=device)
         self.positions.index_add_(0, bins, ones)

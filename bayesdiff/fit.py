@@ -25,9 +25,10 @@ from bayesdiff.checks import (
     check_int,
 )
 from bayesdiff.curvature import Statistics
+from bayesdiff.cut import check_settings
 from bayesdiff.head import Fold, Head, check_eval, denoiser, find_head
 from bayesdiff.noising import draw, noised
-from bayesdiff.posterior import LaplacePosterior, check_settings
+from bayesdiff.posterior import LaplacePosterior
 from bayesdiff.rng import base_seed
 
 

@@ -254,33 +254,43 @@ class HeadGeometry:
         for each vertical offset between two entries, and only the border rows apart: k_h times less
         work than multiplying out the im2col matrix.
         """
+        d = self.in_features
+        total = torch.zeros(d, d, dtype=torch.float64, device=inputs.device)
+        self.add_gram(inputs, total)
+        return total
+
+    def add_gram(self, inputs: Tensor, total: Tensor) -> None:
+        """Add :meth:`gram` to ``total`` in place: a D × D matrix of a large head is too large to make anew for each image."""
         self.check(inputs)
         x = inputs.to(torch.promote_types(inputs.dtype, torch.float32))
+        n = self.num_weights
+        block = total[:n, :n]
         if self.kind == "linear":
             flat = x.reshape(-1, self.in_channels)
             mean = flat.mean(0)
             flat = flat - mean
-            centred, first, count = (flat.T @ flat).double(), flat.sum(0, dtype=torch.float64), len(flat)
+            block += flat.T @ flat
+            first, count = flat.sum(0, dtype=torch.float64), len(flat)
             shift = mean.double()
         else:
             mean = x.mean((0, 2, 3))
             padded = self.pad(x) - mean[:, None, None]
             windows = self._shifts(padded.sum(0, keepdim=True, dtype=torch.float64))
-            centred = self._patch_products(padded).double()
+            kh, kw = self.kernel_size
+            shape = (self.in_channels, kh, kw)
+            block.unflatten(1, shape).unflatten(0, shape).add_(self._patch_products(padded))
             first = torch.stack([w.sum((0, 2, 3)) for w in windows], dim=1).flatten()
             count = len(x) * windows[0].shape[2] * windows[0].shape[3]
             shift = mean.double().repeat_interleave(len(windows))
-        total = first + count * shift  # Σ φ
-        out = x.new_empty(self.in_features, self.in_features, dtype=torch.float64)
-        n = self.num_weights
-        out[:n, :n] = centred + torch.outer(shift, first) + torch.outer(total, shift)
+        everything = first + count * shift  # Σ φ
+        block.addr_(shift, first).addr_(everything, shift)
         if self.bias:
-            out[:n, n] = out[n, :n] = total
-            out[n, n] = count
-        return out
+            total[:n, n] += everything
+            total[n, :n] += everything
+            total[n, n] += count
 
     def _patch_products(self, padded: Tensor) -> Tensor:
-        """Σ over patches of patch ⊗ patch, ``(C_in·k_h·k_w, C_in·k_h·k_w)``, for a padded convolution input."""
+        """Σ over patches of patch ⊗ patch, ``(C_in, k_h, k_w, C_in, k_h, k_w)``, for a padded convolution input."""
         kh, kw = self.kernel_size
         height = padded.shape[2] - kh + 1
         # rows[r]: all horizontal patches of the padded row r, (Hp, B·W', C_in·k_w).
@@ -307,8 +317,7 @@ class HeadGeometry:
                 if offset:
                     blocks[i + offset, :, i, :] = block.T
         # (k_h, C_in, k_w, k_h, C_in, k_w) to the order of the layer's weights, (C_in, k_h, k_w).
-        ordered = blocks.view(kh, self.in_channels, kw, kh, self.in_channels, kw)
-        return ordered.permute(1, 0, 2, 4, 3, 5).reshape(self.num_weights, self.num_weights)
+        return blocks.view(kh, self.in_channels, kw, kh, self.in_channels, kw).permute(1, 0, 2, 4, 3, 5)
 
     def outer(self, inputs: Tensor, outputs: Tensor) -> Tensor:
         r""":math:`\sum_p r_{bp}\varphi_{bp}^\top`: one gradient of the layer's weights per sample.

@@ -96,6 +96,12 @@ NETWORKS = {
     "dit": lambda: (plain_dit().double(), VP, {"images": images(4), **labels()}),
     "sd3": lambda: (cases.tiny_sd3().double(), FLOW, {"images": images(4), **text()}),
     "sd3-wide": lambda: (cases.tiny_sd3().double(), FLOW, {"images": images(4, 6, 12), **text()}),
+    # As many tokens in both batches, folded otherwise.
+    "sd3-two-sizes": lambda: (
+        cases.tiny_sd3().double(),
+        FLOW,
+        [{"images": images(4, *size), **text()} for size in ((8, 8), (4, 16))],
+    ),
 }
 
 
@@ -287,11 +293,12 @@ def noised(scheduler, x, t, noise):
 def draws_of(data, scheduler, draws):
     """Image by image, draw by draw: number of the image, t, x_t, target and conditioning, a batch of one."""
     seed = base_seed(generator())
-    for i, x in enumerate(data["images"].double()):
-        for j, (t, noise) in enumerate(zip(*draw(scheduler, tuple(x.shape), seed, i, 1, draws), strict=True)):
-            assert j < draws
+    images = [row for batch in (data if isinstance(data, list) else [data]) for row in rows(batch)]
+    for i, row in enumerate(images):
+        x = row.pop("images").double()
+        for t, noise in zip(*draw(scheduler, tuple(x.shape), seed, i, 1, draws), strict=True):
             x_t, target = noised(scheduler, x, t, noise.double())
-            yield i, t, x_t[None], target[None], {k: v[i : i + 1] for k, v in data.items() if k != "images"}
+            yield i, t, x_t[None], target[None], {k: v[None] for k, v in row.items()}
 
 
 def patches(image, size=2):
@@ -344,9 +351,10 @@ def test_the_posterior_equals_a_naive_loop(name, structure, covariance):
 def test_scores_are_the_gradients_of_the_training_loss(name):
     """Σ r φᵀ of an image is −∂/∂W of ½ ‖target − f‖², by autograd through the whole network, its fold included."""
     network, scheduler, data = NETWORKS[name]()
-    out = fitted(network, data, scheduler, draws_per_image=2, batch_size=3)
+    out = fitted(network, data, scheduler, draws_per_image=2, batch_size=5)
     scores = out.statistics.image_scores(torch.ones(10))
     layer = find_head(network).layer
+    assert len(scores) == (2 * N if isinstance(data, list) else N)
     expected = torch.zeros_like(scores)
     for i, t, x_t, target, conditioning in draws_of(data, scheduler, 2):
         output = network(x_t, timestep=t[None], return_dict=False, **conditioning)[0]

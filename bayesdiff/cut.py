@@ -1,0 +1,168 @@
+r"""From sums to the parts of a posterior: noise, weights over timesteps, prior, precision and gradients.
+
+Everything here is cheap beside the pass over the data, so one set of sums serves every structure, covariance, prior and noise.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bayesdiff.checks import ArgumentError, check_choice, check_int
+from bayesdiff.curvature import Statistics
+from bayesdiff.evidence import evidence_noise, evidence_prior_precision
+from bayesdiff.structure import COVARIANCES, STRUCTURES
+
+
+def cut(
+    statistics: Statistics,
+    mean: Tensor,
+    *,
+    structure: str,
+    covariance: str,
+    prior_precision: float | Tensor | str | None,
+    noise_variance: float | Tensor | str,
+    loss_weights: str | Tensor,
+    dataset_size: int | None,
+) -> dict[str, Any]:
+    """The fields of a posterior that come from the data, by name.
+
+    Arguments and errors are those of :meth:`bayesdiff.LaplacePosterior.from_statistics`.
+    """
+    check_settings(
+        len(mean), statistics.num_bins, structure=structure, covariance=covariance, prior_precision=prior_precision,
+        noise_variance=noise_variance, loss_weights=loss_weights, dataset_size=dataset_size,
+    )  # fmt: skip
+    n = statistics.num_images
+    noise = statistics.noise_variance()
+    if not bool((noise > 0).all()):
+        raise ArgumentError("expected residuals that do not vanish, got a noise variance of 0 in some timestep bin")
+    size = n if dataset_size is None else dataset_size
+    if size < n:
+        raise ArgumentError(f"expected dataset_size >= the {n} images fitted to, got {size}")
+    scale = size / n
+    diagonal = structure == "diag"
+    count = statistics.positions * statistics.geometry.out_channels
+    squares = statistics.squared_residuals.sum(1)
+
+    def choose_prior(precision: Tensor) -> Tensor:
+        spectrum = precision.diagonal() if diagonal else torch.linalg.eigvalsh(precision)
+        return _prior(prior_precision, spectrum[None].cpu(), mean)
+
+    if not isinstance(noise_variance, str):
+        noise = torch.as_tensor(noise_variance).to(noise).expand(noise.shape).clone()
+    elif noise_variance == "evidence":
+        noise, _ = evidence_noise(
+            scale * statistics.gram, scale * squares, scale * count, mean.to(noise), noise, choose_prior,
+            diagonal=diagonal,
+        )  # fmt: skip
+    weights = 1 / noise
+    if covariance == "sandwich":
+        weights = _loss_weights(loss_weights, noise, statistics.pooled_variance())
+    precision = scale * statistics.precision(weights)
+    scores = statistics.image_scores(weights) * math.sqrt(scale)
+    if diagonal:
+        precision = precision.diagonal().clone()
+        scores = scores.square().sum(0, keepdim=True).sqrt()
+    elif len(scores) > scores[0].numel():
+        # More images than weights: the triangular factor has the same Gram matrix and fewer rows.
+        scores = torch.linalg.qr(scores.flatten(1), mode="r").R.unflatten(1, scores.shape[1:])
+    spectrum = _spectrum(statistics, covariance, scores, scale, noise, diagonal=diagonal)
+    if covariance == "ggn":
+        scores = scores[:0]
+    log_likelihood = -0.5 * scale * float((squares / noise + count * torch.log(2 * math.pi * noise)).sum())
+    tau = _prior(prior_precision, spectrum.cpu(), mean)
+    return {
+        "precision": precision.cpu().contiguous(), "spectrum": spectrum.cpu().contiguous(), "scores": scores.cpu().contiguous(),
+        "prior_precision": float(tau[0]) if bool((tau == tau[0]).all()) else tau, "weights": weights.cpu(),
+        "noise_variance": noise.cpu(), "log_likelihood": log_likelihood, "num_images": n, "dataset_size": size,
+    }  # fmt: skip
+
+
+def check_settings(
+    channels: int,
+    bins: int,
+    *,
+    structure: str,
+    covariance: str,
+    prior_precision: float | Tensor | str | None,
+    noise_variance: float | Tensor | str,
+    loss_weights: str | Tensor,
+    dataset_size: int | None,
+) -> None:
+    """What can be refused of the settings of a posterior before there are any statistics.
+
+    Raises:
+        ArgumentError: A setting is out of range.
+    """
+    check_choice("structure", structure, STRUCTURES)
+    check_choice("covariance", covariance, COVARIANCES)
+    if isinstance(prior_precision, str):
+        check_choice("prior_precision", prior_precision, ("evidence", "channel"))
+    elif prior_precision is not None:
+        _check_numbers("prior_precision", prior_precision, channels, 'output channel; or None, "evidence", "channel"')
+    if isinstance(noise_variance, str):
+        check_choice("noise_variance", noise_variance, ("residual", "evidence"))
+        if noise_variance == "evidence" and covariance == "ef":
+            raise ArgumentError(
+                'expected noise_variance "residual" or given numbers for covariance "ef": the fixed point is the GGN\'s'
+            )
+    else:
+        _check_numbers("noise_variance", noise_variance, bins, 'timestep bin; or "residual", "evidence"')
+    if isinstance(loss_weights, str):
+        check_choice("loss_weights", loss_weights, ("uniform", "noise"))
+    else:
+        weights = torch.as_tensor(loss_weights)
+        if weights.shape != (bins,) or not bool(((weights >= 0) & torch.isfinite(weights)).all()):
+            raise ArgumentError(
+                f"expected loss_weights 'uniform', 'noise', or {bins} finite numbers >= 0, one for each timestep bin, got "
+                f"{loss_weights}"
+            )
+    if dataset_size is not None:
+        check_int("dataset_size", dataset_size, least=1)
+
+
+def _check_numbers(name: str, value: float | Tensor, count: int, each: str) -> None:
+    numbers = torch.as_tensor(value)
+    if numbers.shape not in ((), (count,)) or not bool(((numbers > 0) & torch.isfinite(numbers)).all()):
+        raise ArgumentError(
+            f"expected {name} a finite number > 0, or {count} of them, one for each {each}; got {value}"
+        )
+
+
+def _loss_weights(choice: str | Tensor, noise: Tensor, pooled: float) -> Tensor:
+    """The weight of each timestep bin in the training loss, in units of 1/(residual variance)."""
+    if isinstance(choice, str):
+        return 1 / noise if choice == "noise" else torch.full_like(noise, 1 / pooled)
+    return torch.as_tensor(choice).to(noise) / pooled
+
+
+def _prior(choice: float | Tensor | str | None, spectrum: Tensor, mean: Tensor) -> Tensor:
+    """τ by channel, ``(C,)``."""
+    if choice is None or (isinstance(choice, str) and choice == "evidence"):
+        return torch.full((len(mean),), evidence_prior_precision(spectrum, mean), dtype=torch.float64)
+    if isinstance(choice, str):
+        rows = spectrum.expand(mean.shape)
+        return torch.tensor(
+            [evidence_prior_precision(r[None], w[None]) for r, w in zip(rows, mean, strict=True)]
+        ).double()
+    return torch.as_tensor(choice, dtype=torch.float64).expand(len(mean)).clone()
+
+
+def _spectrum(
+    statistics: Statistics, covariance: str, scores: Tensor, scale: float, noise: Tensor, *, diagonal: bool
+) -> Tensor:
+    """Eigenvalues (or the diagonal) of the likelihood's precision, ``(1 or C, D)``."""
+    if covariance == "ef":
+        if diagonal:
+            return scores[0].square()
+        flat = scores.flatten(1)
+        values = scores.new_zeros(flat.shape[1])
+        nonzero = torch.linalg.svdvals(flat).square()
+        values[: len(nonzero)] = nonzero
+        return values.view(scores.shape[1:])
+    fisher = scale * statistics.precision(1 / noise)
+    return (fisher.diagonal().clone() if diagonal else torch.linalg.eigvalsh(fisher))[None]

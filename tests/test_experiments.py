@@ -1,0 +1,92 @@
+"""The experiments run, small, and record what they did."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from bayesdiff.io import environment
+from experiments.common import agreement, record, results_folder, table
+from experiments.fit_overhead import __main__ as fit_overhead
+from experiments.mc_vs_analytic import __main__ as mc_vs_analytic
+from experiments.mc_vs_analytic.heads import Shape, fitted
+from experiments.posterior_check import __main__ as posterior_check
+from tests import cases
+
+
+def test_agreement():
+    reference = torch.rand(3, 4, generator=torch.Generator().manual_seed(0)) + 0.1
+    same = agreement(2 * reference, reference)
+    assert same["correlation"] == same["log_correlation"] == pytest.approx(1)
+    assert same["ratio"] == pytest.approx(2)
+    assert same["relative_l2"] == pytest.approx(1)
+    assert agreement(-reference, reference)["correlation"] == pytest.approx(-1)
+    assert "log_correlation" not in agreement(reference - 0.2, reference)
+
+
+def test_table_and_record(tmp_path):
+    text = table([{"a": "x", "b": 1.234}, {"a": "long", "b": None}], {"a": "", "b": ".1f"})
+    assert [line.split() for line in text.splitlines()] == [["a", "b"], ["x", "1.2"], ["long"]]
+    folder = results_folder("x", tmp_path / "new")
+    record(folder, {"seed": 0}, [1.0])
+    result = json.loads((folder / "results.json").read_text())
+    assert result["settings"] == {"seed": 0}
+    assert result["environment"]["versions"] == environment("cpu")["versions"]
+
+
+def test_posterior_check(tmp_path):
+    posterior_check.main(refits_number=40, images=120, test_images=3, out=tmp_path)
+    result = json.loads((tmp_path / "results.json").read_text())
+    chosen = [r for r in result["results"] if r["structure"] == "full" and r["covariance"] == "sandwich"]
+    assert [r["t"] for r in chosen] == list(posterior_check.TIMESTEPS)
+    assert all(r["log_correlation"] > 0.8 for r in chosen)  # few images, few refits
+    assert (tmp_path / "posterior_check.png").stat().st_size > 10_000
+
+
+def test_bootstrap_refits_are_least_squares():
+    """One refit on a resample that is the whole sample equals torch's least squares with a ridge."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(60, 4, generator=generator, dtype=torch.float64)
+    y = torch.randn(60, 2, generator=generator, dtype=torch.float64)
+    upper = torch.triu_indices(4, 4)
+    grams = torch.stack([torch.outer(v, v)[upper[0], upper[1]] for v in x])
+    crosses = torch.stack([torch.outer(b, a) for a, b in zip(x, y, strict=True)])
+    heads = posterior_check.refits(grams, crosses, 0.3, 1, torch.Generator().manual_seed(5))
+    chosen = torch.randint(60, (60,), generator=torch.Generator().manual_seed(5))
+    gram = x[chosen].T @ x[chosen] + 0.3 * torch.eye(4).double()
+    torch.testing.assert_close(heads[0], torch.linalg.solve(gram, x[chosen].T @ y[chosen]).T)
+
+
+@pytest.mark.parametrize(
+    "shape", [Shape("conv", "conv", 6, 2, 8), Shape("tokens", "linear", 10, 3, 40)], ids=lambda s: s.name
+)
+def test_mc_vs_analytic(shape):
+    rows = mc_vs_analytic.measure_shape(shape, *fitted(shape, 2), torch.device("cpu"), torch.float32)
+    by_method = {r["method"]: r for r in rows}
+    assert by_method["closed form, full"]["error"] < 1e-5
+    assert by_method["closed form, diag"]["error"] > 1e-3
+    for n in mc_vs_analytic.DRAWS:
+        row = by_method[f"batched MC, n = {n}"]
+        assert 0.5 < row["mc_error"] / row["theory"] < 2
+    # laplace-torch draws from the very posterior that we draw from.
+    assert 0.5 < by_method["laplace-torch, MC n = 100"]["mc_error"] / by_method["batched MC, n = 100"]["mc_error"] < 2
+
+
+def test_links_in_the_experiment():
+    shape = Shape("conv", "conv", 6, 2, 16)
+    rows = mc_vs_analytic.measure_links(shape, *fitted(shape, 2), torch.device("cpu"))
+    exact = [r for r in rows if r["approximation"] == "exact"]
+    assert len(exact) == 3
+    assert all(r["std_error"] < 1e-6 for r in exact)
+    assert all(r["std_error"] > 1e-4 for r in rows if r["approximation"] == "mc, n = 100")
+
+
+def test_the_clock_of_a_fit():
+    network = cases.tiny_unet(channels=1)
+    data = {"images": torch.rand(6, 1, 8, 8, generator=torch.Generator().manual_seed(0))}
+    clock = fit_overhead.timed_fit(network, cases.scheduler(), data, 2, structure="full", covariance="ggn")
+    assert 0 < clock.network < clock.whole_pass < clock.total
+    assert not network._forward_hooks
+    assert not network._forward_pre_hooks
