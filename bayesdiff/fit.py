@@ -105,7 +105,7 @@ def fit(
     statistics = Statistics(found.geometry, noise_bins, parameter.device)
     seed = base_seed(generator)
     images_per_call = max(1, batch_size // draws_per_image)
-    fold: Fold | None = None
+    folds: dict[tuple[Any, ...], Fold] = {}
     first = 0
     total = _length(data)
     with tqdm(total=total, desc="fit", unit="image", disable=not progress) as bar:
@@ -131,12 +131,11 @@ def fit(
                         f"{tuple(output.shape)}"
                     )
                 residual = wanted[part] - output
-                if fold is None:
-                    with torch.no_grad():
-                        same = torch.equal(found.layer(inputs), output)
-                    fold = Fold(None) if same else Fold.read(found, call)
-                if fold.index is not None:
-                    residual = _unfold(fold, residual, inputs, found)
+                shape = found.geometry.output_shape(inputs)
+                if (key := (shape[1:], output.shape[1:])) not in folds:
+                    folds[key] = _fold(found, inputs, output, call)
+                if folds[key].index is not None:
+                    residual = _unfold(folds[key], residual, shape, found)
                 bins = (t[part] * noise_bins / num_timesteps).long().clamp(max=noise_bins - 1)
                 statistics.update(inputs, residual, bins, first + rows[part])
             first += count
@@ -174,9 +173,18 @@ def _call(call: partial[Tensor], head: Head) -> tuple[Tensor, Tensor]:
     return captured[0], output
 
 
-def _unfold(fold: Fold, image: Tensor, inputs: Tensor, head: Head) -> Tensor:
+def _fold(head: Head, inputs: Tensor, output: Tensor, call: partial[Tensor]) -> Fold:
+    """What the network does to its head's output: nothing, or a fold, which is read with one more call."""
+    with torch.no_grad():
+        own = head.layer(inputs)
+    if own.shape == output.shape and torch.allclose(own, output, rtol=0, atol=0, equal_nan=True):
+        return Fold(None)
+    check_finite("features", inputs, "the network overflows in this dtype: use bfloat16 or float32")
+    return Fold.read(head, call)
+
+
+def _unfold(fold: Fold, image: Tensor, shape: tuple[int, ...], head: Head) -> Tensor:
     """Residuals from the network's output layout back to the head's: the inverse of the fold."""
-    shape = (*inputs.shape[:-1], head.out_channels)
     size = math.prod(shape[1:])
     if fold.index is None or fold.index.numel() != size or len(fold.index.unique()) != size:
         raise UnsupportedHeadError(

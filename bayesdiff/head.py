@@ -144,6 +144,15 @@ class HeadGeometry:
         elif inputs.ndim < 2 or inputs.shape[-1] != self.in_channels:
             raise ShapeError(f"expected features (batch, ..., {self.in_channels}), got {tuple(inputs.shape)}")
 
+    def output_shape(self, inputs: Tensor) -> tuple[int, ...]:
+        """The shape of the layer's output."""
+        if self.kind == "linear":
+            return (*inputs.shape[:-1], self.out_channels)
+        left, right, top, bottom = self.padding
+        height = inputs.shape[2] + top + bottom - self.kernel_size[0] + 1
+        width = inputs.shape[3] + left + right - self.kernel_size[1] + 1
+        return (len(inputs), self.out_channels, height, width)
+
     def pad(self, inputs: Tensor) -> Tensor:
         """``inputs`` with the layer's padding: ``(B, C_in, H, W)`` to ``(B, C_in, H+.., W+..)``."""
         if not any(self.padding):

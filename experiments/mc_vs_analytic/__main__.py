@@ -81,12 +81,11 @@ def measure_shape(
     """All methods at one shape."""
     x = shape.features(1, 0).to(device, dtype)
     layer = shape.layer().to(device, dtype)
-    layer.requires_grad_(False)
     positions = torch.randperm(
         shape.size ** (2 if shape.kind == "conv" else 1), generator=torch.Generator().manual_seed(0)
     )
     positions = positions[:200]
-    forward = cost(lambda: layer(x), device)
+    forward = cost(torch.no_grad()(partial(layer, x)), device)
     rows: list[dict[str, Any]] = [
         {
             "head": shape.name,
