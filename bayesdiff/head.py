@@ -54,6 +54,8 @@ HEAD_PATHS = {
 #: Where an unknown network may keep it: taken only when exactly one of them is there.
 COMMON_PATHS = ("conv_out", "proj_out", "proj_out_2", "final_layer.linear", "out_proj", "head")
 
+#: Squares of features that are held at once.
+SQUARES = 2**18
 #: Rows of a factor that are applied at once.
 ROWS = 256
 
@@ -249,7 +251,14 @@ class HeadGeometry:
         Returns:
             Shaped as the layer's output.
         """
-        return self.apply(inputs.square(), variances.unsqueeze(0))[0]
+        if self.kind == "conv":
+            return self.apply(inputs.square(), variances.unsqueeze(0))[0]
+        # Some tokens at a time, so that their squares stay in the cache.
+        tokens = inputs.reshape(-1, self.in_channels)
+        parts = [
+            self.apply(t.square(), variances.unsqueeze(0))[0] for t in tokens.split(max(1, SQUARES // self.in_channels))
+        ]
+        return torch.cat(parts).unflatten(0, inputs.shape[:-1])
 
     def gram(self, inputs: Tensor) -> Tensor:
         r""":math:`\sum_{b,p}\varphi_{bp}\varphi_{bp}^\top`, ``(D, D)`` float64.

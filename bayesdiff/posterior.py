@@ -276,11 +276,15 @@ class LaplacePosterior:
             NonFiniteError: They are NaN or infinite.
         """
         self.geometry.check(features)
-        check_finite("features", features)
         x = features.to(torch.promote_types(features.dtype, torch.float32))
         parts = {k: getattr(self._sigma, k) for k in ("rows", "scales", "diagonal")}
         placed = {k: None if v is None else self._placed(k, v, x) for k, v in parts.items()}
-        return self.temperature * closed_variance(self.geometry, x, **placed)
+        variance = self.temperature * closed_variance(self.geometry, x, **placed)
+        # What is not finite in the features is not finite here: so the large tensor need not be read twice.
+        if not bool(torch.isfinite(variance).all()):
+            check_finite("features", features)
+            check_finite("variances", variance, "the features are too large for this dtype: use float64")
+        return variance
 
     def weight_variance(self) -> Tensor:
         """The variance of each weight, the diagonal of Σ: ``(C, D)`` float64."""
