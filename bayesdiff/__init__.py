@@ -1,6 +1,6 @@
 """Uncertainty of pretrained diffusion and flow models, through a Laplace posterior over their output layer."""
 
-from bayesdiff import rng, zoo
+from bayesdiff import links, rng, zoo
 from bayesdiff.checks import BayesdiffError, BayesdiffWarning
 from bayesdiff.curvature import Statistics
 from bayesdiff.fit import fit
@@ -22,6 +22,7 @@ __all__ = [
     "UncertaintyPipeline",
     "find_head",
     "fit",
+    "links",
     "rng",
     "zoo",
 ]
