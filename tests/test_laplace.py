@@ -8,7 +8,7 @@ import pytest
 import torch
 from laplace import DiagLaplace, FullLaplace, KronLaplace
 from laplace.baselaplace import ParametricLaplace
-from laplace.curvature import BackPackGGN, CurvlinopsEF
+from laplace.curvature import BackPackGGN, CurvlinopsEF, CurvlinopsGGN
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -158,6 +158,21 @@ def test_where_laplace_torch_is_wrong():
     per_image = torch.einsum("bpc,bpcwd->bwd", residual.double().flatten(2).mT, jacobian)
     expected = ours._to_flat(per_image.square().sum(0)[None])[0].float()
     assert float((fisher.H / expected).median()) == pytest.approx(2, rel=0.05)
+
+
+def test_what_laplace_torch_leaves_out():
+    """Its Kron with Curvlinops has no block between weight and bias; in regression its GLM ignores ``link_approx``."""
+    layer, x, y = problem("conv")
+    flat = nn.Sequential(layer, nn.Flatten())
+    kron = KronLaplace(flat, "regression", backend=CurvlinopsGGN)
+    kron.fit(DataLoader(TensorDataset(x, y.flatten(1)), batch_size=len(x)))
+    ours = HeadLaplace(layer)
+    ours.fit([(x, y)])
+    n = layer.weight.numel()
+    assert float(kron.posterior_precision.to_matrix()[:n, n:].abs().max()) == 0
+    assert float(ours.posterior_precision[:n, n:].abs().max()) > 1
+    probit, mc = (kron(x[:2], pred_type="glm", link_approx=a) for a in ("probit", "mc"))
+    assert torch.equal(probit[1], mc[1])
 
 
 def test_errors():

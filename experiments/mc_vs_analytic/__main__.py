@@ -76,7 +76,7 @@ def error(got: Tensor, expected: Tensor) -> float:
 
 
 def measure_shape(
-    shape: Shape, head: Head, statistics: Statistics, device: torch.device, dtype: torch.dtype
+    shape: Shape, head: Head, statistics: Statistics, device: torch.device, dtype: torch.dtype, *, glm: bool = False
 ) -> list[dict[str, Any]]:
     """All methods at one shape."""
     x = shape.features(1, 0).to(device, dtype)
@@ -129,6 +129,13 @@ def measure_shape(
             "laplace-torch, MC n = 100", theirs.seconds, theirs.megabytes, n=100,
             mc_error=error(at_positions(full, variance, positions), expected),
         )  # fmt: skip
+        if glm:
+            theirs = cost(partial(la, x.float(), pred_type="glm"), device, budget=0.0, most=1)
+            marginal = theirs.result[1].diagonal(dim1=1, dim2=2).view(closed.result.shape)
+            add(
+                "laplace-torch, GLM", theirs.seconds, theirs.megabytes,
+                glm_error=error(at_positions(full, marginal, positions), expected),
+            )  # fmt: skip
         layer.to(dtype)
     for row in rows:
         row["forwards"] = row["seconds"] / forward.seconds
@@ -271,6 +278,7 @@ def main(
     device: Annotated[str, typer.Option(help="Where the heads run: cpu or cuda.")] = "cpu",
     dtype: Annotated[str, typer.Option(help="Of the features: float32, bfloat16 or float16.")] = "float32",
     unet: Annotated[bool, typer.Option(help="Time one call of a U-Net of SD 1.5's size, too.")] = True,
+    glm: Annotated[bool, typer.Option(help="Time laplace-torch's GLM predictive, too: minutes and gigabytes.")] = False,
     shapes: Annotated[int, typer.Option(help="Only the first so many shapes.")] = len(SHAPES),
     out: Annotated[Path | None, typer.Option(help="Folder of the results.")] = None,
 ) -> None:
@@ -284,10 +292,10 @@ def main(
         if shape.in_channels not in cache:
             cache.clear()
             cache[shape.in_channels] = fitted(shape)
-        rows += measure_shape(shape, *cache[shape.in_channels], where, kind)
+        rows += measure_shape(shape, *cache[shape.in_channels], where, kind, glm=glm)
         columns = {
             "head": "", "method": "", "seconds": ".4g", "forwards": ".1f", "megabytes": ".0f", "error": ".2g",
-            "mc_error": ".3f", "theory": ".3f",
+            "mc_error": ".3f", "theory": ".3f", "glm_error": ".2g",
         }  # fmt: skip
         print(table([r for r in rows if r["head"] == shape.name], columns), flush=True)
     links = measure_links(SHAPES[0], *fitted(SHAPES[0], 2), where)
