@@ -84,6 +84,10 @@ class BayesdiffWarning(UserWarning):
     """Something was repaired, approximated or left out."""
 
 
+class NegativeVarianceWarning(BayesdiffWarning):
+    """A method returned negative variances; they are left as they are where a number is asked for, and 0 in a std."""
+
+
 def check_int(name: str, value: object, *, least: int) -> int:
     """``value`` as an int of at least ``least``.
 

@@ -10,7 +10,7 @@ layer's output into the network's. Nothing here changes the network.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
@@ -410,19 +410,20 @@ class Head:
             handle.remove()
 
     @contextmanager
-    def shifted(self, delta: Tensor) -> Iterator[None]:
+    def shifted(self, delta: Tensor | Callable[[], Tensor]) -> Iterator[None]:
         r"""The network with :math:`W + \delta W` in its head, while the context is open.
 
         The layer keeps its weights; a hook adds :math:`\delta W\varphi` (in float32 or better) to what
         the layer returns.
 
         Args:
-            delta: ``(C, D)``.
+            delta: ``(C, D)``, or what returns it, asked anew at every call of the layer.
         """
 
         def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
             dtype = torch.promote_types(output.dtype, torch.float32)
-            shift = self.geometry.apply(args[0].to(dtype), delta.to(output.device, dtype).unsqueeze(0))[0]
+            weights = delta() if callable(delta) else delta
+            shift = self.geometry.apply(args[0].to(dtype), weights.to(output.device, dtype).unsqueeze(0))[0]
             return (output.to(dtype) + shift).to(output.dtype)
 
         handle = self.layer.register_forward_hook(hook)

@@ -86,7 +86,9 @@ class LinearizedScheduler:
         if call.get("variance_noise") is not None:
             del call["generator"]
         try:
-            with torch.inference_mode(False), torch.no_grad():
+            # Some schedulers draw from torch's global generator; that, too, must stay where it is.
+            devices = [sample.device] if sample.is_cuda else []
+            with torch.random.fork_rng(devices), torch.inference_mode(False), torch.no_grad():
                 g = fwad.make_dual(rows(output), d_output.detach().double().flatten(0, 1).clone())
                 x = fwad.make_dual(rows(sample), d_sample.detach().double().flatten(0, 1).clone())
                 result = self.scheduler.step(g, timestep, x, **call)

@@ -13,70 +13,93 @@ so the stiff part δx/σ_t of an ε-network's own response stays exact, as in an
 Two passes. The first walks beside the running pipeline and measures, at p directions of its own deviations; between
 measurements it extrapolates from the last two. When the trajectory is known, the second takes the same linear recursion
 again with responses *interpolated* over the step index. It needs no network call.
+
+Whole trajectories with other weights (:mod:`bayesdiff.ensemble`) are what this approximates; the published recursion for
+variances alone is in :mod:`bayesdiff.recursion`.
 """
 
 from __future__ import annotations
 
+import bisect
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from scipy.interpolate import make_interp_spline
 from torch import Tensor
 
 from bayesdiff.checks import NonFiniteError
-from bayesdiff.head import Fold, HeadGeometry
+from bayesdiff.head import HeadGeometry
 from bayesdiff.linearized_scheduler import LinearizedScheduler
 from bayesdiff.parametrization import sampling_coefficients
-from bayesdiff.response import Response
+from bayesdiff.response import Directions, Response
 from bayesdiff.rng import item_generator
+from bayesdiff.step import Step
+from bayesdiff.watch import GuidedNetwork
 
-#: Fewest measurements of the response in a run, where it has so many steps.
-LEAST_REFRESHES = 10
-#: By default all measurements together cost so many times the calls of the plain pipeline.
-EXTRA_CALLS = 2.5
-#: Steps between measurements shrink towards the end, where deviations grow: n ∝ 1 − (1 − u)^DENSITY, u even.
+#: Steps between measurements shrink towards the end, where deviations grow: n ∝ 1 − (1 − u)^d, u even, d at most this.
 DENSITY = 1.5
+#: By default there is a measurement in every so many steps at least.
+WIDEST = 5
 
 
 @dataclass(frozen=True)
-class Step:
-    r"""What was seen of one step of a running pipeline.
+class Propagated:
+    r"""What a propagator returns, in the network's space.
 
     Args:
-        index: Its number, from 0.
-        output: g, what the scheduler was given, ``(B, C, H, W)``.
-        timestep: As the scheduler was given it.
-        sample: :math:`x_t`, ``(B, C, H, W)``.
-        arguments: The other arguments of ``scheduler.step``.
-        features: ψ, what entered the head, guided: weights times branches.
-        fold: From the head's output to the network's.
-        input_scale: c, the network's input is c·x.
+        variance: Of the sampler's last sample, ``(B, C, H, W)`` float64.
+        mean: Of the last sample, where the method has one of its own.
+        trajectory: The variance after each step, if asked for.
+        factors: :math:`F_k = \delta x_0^k/\sqrt K`, ``(K, B, C, H, W)``, if asked for: covariance between any two elements
+            :math:`\sum_k F_k F_k'`.
     """
 
-    index: int
-    output: Tensor
-    timestep: Any
-    sample: Tensor
-    arguments: dict[str, Any]
-    features: Tensor
-    fold: Fold
-    input_scale: float
+    variance: Tensor
+    mean: Tensor | None = None
+    trajectory: tuple[Tensor, ...] | None = None
+    factors: Tensor | None = None
 
 
-def refresh_steps(num_steps: int, refresh: int) -> list[int]:
-    """The steps at which the response is measured: from 1 to the last, one in ``refresh`` on average, denser late."""
-    last = num_steps - 1
+def plan(
+    num_steps: int, extra_calls: float, refresh: int | None = None, num_directions: int | None = None, stages: int = 1
+) -> tuple[list[int], int]:
+    r"""At which steps to measure the response, and along how many directions.
+
+    A budget of B = ``extra_calls`` × steps is spent evenly, R ≈ p ≈ √B, but R no less than a fifth of the steps, and
+    all of them where they are five or fewer and p = 3 can be had.
+
+    Args:
+        num_steps: N, calls of the scheduler's step.
+        extra_calls: Network calls of all measurements together, in those of the plain pipeline.
+        refresh: r; given, one step in r is measured on average.
+        num_directions: p; given, it is not chosen.
+        stages: Calls that make one step of the solver (2 for Heun's). Samples in different stages lie off one smooth
+            trajectory to different sides, so all measurements but the last are in one of them.
+
+    Returns:
+        Steps from 1 to the last, denser late, and p ≥ 1.
+    """
+    places = sorted({*range(1, num_steps, stages), num_steps - 1} - {0})
+    last = len(places)
     if last < 1:
-        return []
-    number = min(last, max(math.ceil(last / refresh), LEAST_REFRESHES))
-    if number == last:
-        return list(range(1, num_steps))
-    u = np.linspace(0, 1, number)
-    return [int(n) for n in np.unique((1 + (last - 1) * (1 - (1 - u) ** DENSITY)).round())]
+        return [], num_directions or 1
+    budget = extra_calls * num_steps
+    if refresh is not None:
+        number = last if refresh == 1 else math.ceil((num_steps - 1) / refresh)
+    elif last <= 5 and budget >= 3 * last:
+        number = last
+    else:
+        number = max(round(budget**0.5), math.ceil(last / WIDEST), 1)
+    number = min(number, last)
+    u = np.linspace(0, 1, number) if number > 1 else np.ones(1)
+    density = min(DENSITY, 1 + number / 20)
+    chosen = range(last) if number == last else np.unique(((last - 1) * (1 - (1 - u) ** density)).round())
+    steps = [places[int(n)] for n in chosen]
+    if refresh == 1:
+        steps = list(range(1, num_steps))
+    return steps, num_directions or max(1, int(budget / len(steps)))
 
 
 class Tangents:
@@ -86,9 +109,11 @@ class Tangents:
         deviations: δW, ``(K, C, D)``.
         geometry: The head's.
         scheduler: The sampler, after ``set_timesteps`` and before its first step; copied.
+        num_steps: How many steps are to come.
+        extra_calls: Network calls that may be spent, in those of the plain pipeline; see :func:`plan`.
         refresh: r, steps between measurements of the response, on average.
-        num_directions: p, network evaluations in one measurement; by default what :data:`EXTRA_CALLS` allows,
-            at least 4.
+        num_directions: p, network evaluations in one measurement.
+        batch_invariant: Work on each sample by itself, so that its numbers do not depend on the batch to the last bit.
     """
 
     def __init__(
@@ -96,19 +121,21 @@ class Tangents:
         deviations: Tensor,
         geometry: HeadGeometry,
         scheduler: Any,
-        refresh: int = 4,
+        num_steps: int,
+        extra_calls: float = 2.5,
+        refresh: int | None = None,
         num_directions: int | None = None,
+        batch_invariant: bool = False,
     ) -> None:
-        self.deviations, self.geometry = deviations, geometry
-        num_steps = len(scheduler.timesteps)
-        self.refreshed = refresh_steps(num_steps, refresh)
-        affordable = max(4, round(EXTRA_CALLS * num_steps / max(1, len(self.refreshed))))
-        self.num_directions = affordable if num_directions is None else num_directions
+        self.deviations, self.geometry, self.batch_invariant = deviations, geometry, batch_invariant
+        stages = int(getattr(scheduler, "order", 1))
+        self.refreshed, self.num_directions = plan(num_steps, extra_calls, refresh, num_directions, stages)
         self._linearized = LinearizedScheduler(scheduler, len(deviations))
         self._again = LinearizedScheduler(scheduler, len(deviations))  # for the second pass
-        self._responses: dict[int, Response] = {}
+        self._responses: dict[int, list[Response]] = {}  # by step; one for each group of samples
         self._steps: list[Step] = []
         self._delta: Tensor | None = None  # δx, (K, B, C, H, W)
+        self._variances: list[Tensor] = []
 
     def __enter__(self) -> Tangents:
         self._linearized.__enter__()
@@ -117,23 +144,19 @@ class Tangents:
     def __exit__(self, *exception: object) -> None:
         self._linearized.__exit__(*exception)
 
-    def advance(self, step: Step, respond: Callable[[Tensor], Tensor]) -> None:
-        """The first pass, through one step.
-
-        Args:
-            step: What was seen of it.
-            respond: δx ``(B, C, H, W)`` to Jδx, by one network evaluation of the pipeline's own call.
-        """
+    def advance(self, step: Step, network: GuidedNetwork) -> None:
+        """The first pass, through one step."""
+        due = step.index in self.refreshed or not self._responses  # a run may be longer than planned
+        if due and self._delta is not None:
+            self._responses[step.index] = self._measure(step, self._delta, network)
+        step = step.kept()
         self._steps.append(step)
-        if step.index in self.refreshed and self._delta is not None:
-            self._responses[step.index] = self._measure(step, self._delta, respond)
-        self._delta = self._through(self._linearized, step, self._delta, _line(list(self._responses)[-2:], step.index))
+        weights = _line(list(self._responses)[-2:], step.index)
+        self._delta = self._through(self._linearized, step, self._delta, weights)
+        self._variances.append(self._delta.square().mean(0))
 
-    def finish(self) -> Tensor:
+    def finish(self, trajectory: bool = False, factors: bool = False) -> Propagated:
         """The second pass.
-
-        Returns:
-            δx_0, ``(K, B, C, H, W)`` float64.
 
         Raises:
             NonFiniteError: There was no step, or the deviations have grown beyond all bounds.
@@ -142,54 +165,78 @@ class Tangents:
             raise NonFiniteError("expected at least one step of the sampler, got none")
         delta: Tensor | None = self._delta
         nodes = list(self._responses)
-        if 1 < len(nodes) < len(self._steps) - 1:  # else the first pass was exact, or there is nothing to interpolate
-            spline = make_interp_spline(nodes, np.eye(len(nodes)), k=min(3, len(nodes) - 1))
+        if (
+            1 < len(nodes) < max(step.index for step in self._steps)
+        ):  # else the first pass was exact, or there is nothing to interpolate
             delta = None
+            self._variances.clear()
             for step in self._steps:
-                weights = dict(zip(nodes, spline(step.index).tolist(), strict=True))
-                delta = self._through(self._again, step, delta, weights)
+                delta = self._through(self._again, step, delta, interpolation(nodes, step.index))
+                self._variances.append(delta.square().mean(0))
         if delta is None or not bool(torch.isfinite(delta).all()):
             raise NonFiniteError(
                 "expected finite deviations at the end of the trajectory, got NaN or infinity; use float32 or bfloat16, "
                 "or refresh more often"
             )
-        return delta
+        return Propagated(
+            self._variances[-1], None, tuple(self._variances) if trajectory else None,
+            delta / len(delta) ** 0.5 if factors else None,
+        )  # fmt: skip
 
-    def _coefficients(self, step: Step) -> tuple[float, float]:
-        """(a, b) of the denoiser; (0, 1), the raw output, where the schedule is of another kind."""
-        pair = sampling_coefficients(self._linearized.scheduler, torch.as_tensor(step.timestep), step.input_scale)
-        return pair or (0.0, 1.0)
+    def _groups(self, batch: int) -> list[slice]:
+        """The samples that are worked on together: all, or each by itself."""
+        return [slice(b, b + 1) for b in range(batch)] if self.batch_invariant else [slice(0, batch)]
 
-    def _measure(self, step: Step, delta: Tensor, respond: Callable[[Tensor], Tensor]) -> Response:
+    def _coefficients(self, step: Step) -> tuple[Tensor, Tensor]:
+        """(a, b) of the denoiser, ``(B, 1, 1)``; (0, 1), the raw output, where the schedule is of another kind."""
+        t = torch.as_tensor(step.timestep)
+        pairs = [
+            sampling_coefficients(self._linearized.scheduler, t, c) or (0.0, 1.0) for c in step.input_scale.tolist()
+        ]
+        both = torch.tensor(pairs, dtype=torch.float64, device=step.sample.device)
+        return both[:, 0].view(-1, 1, 1), both[:, 1].view(-1, 1, 1)
+
+    def _measure(self, step: Step, delta: Tensor, network: GuidedNetwork) -> list[Response]:
         a, b = self._coefficients(step)
-        shape = step.sample.shape
-
-        def jacobian(v: Tensor) -> Tensor:
-            return a * v + b * respond(v.view(shape)).to(v).flatten(1)
-
+        rows, shape = _rows(delta), step.sample.shape
+        groups = self._groups(shape[0])
         mixture = torch.randn(len(delta), generator=item_generator(0, step.index), dtype=torch.float64)
-        return Response.measure(jacobian, _rows(delta), self.num_directions, mixture)
+        chosen = [Directions.choose(rows[g], self.num_directions, mixture) for g in groups]
+        images = []
+        for pieces in zip(*(c.shifts() for c in chosen), strict=True):
+            v = torch.cat(pieces)
+            images.append(a[:, 0] * v + b[:, 0] * network.derivative(v.view(shape)).to(v).flatten(1))
+        stacked = torch.stack(images, dim=1)
+        return [Response.fit(c, stacked[g]).to(working_dtype(step.sample)) for c, g in zip(chosen, groups, strict=True)]
 
     def _through(
         self, linearized: LinearizedScheduler, step: Step, delta: Tensor | None, weights: dict[int, float]
     ) -> Tensor:
         """One step of the recursion, the response a sum of measured ones."""
-        dtype = torch.promote_types(step.features.dtype, torch.float32)
-        shift = self.geometry.apply(step.features.to(dtype), self.deviations.to(step.features.device, dtype))
-        d_output = step.fold(shift, lead=2)[:, :, : step.output.shape[1]].double()  # δWψ
+        groups = self._groups(len(step.sample))
+        shifts = [step.of(g).shift(self.geometry, self.deviations) for g in groups]
+        d_output = (shifts[0] if len(shifts) == 1 else torch.cat(shifts, dim=1)).double()  # δWψ
         if delta is None:
             delta = torch.zeros_like(d_output)
         else:
             a, b = self._coefficients(step)
-            rows = _rows(delta)
-            denoised = sum((w * self._responses[n](rows) for n, w in weights.items()), torch.zeros_like(rows))
-            d_output = d_output + (denoised - a * rows).transpose(0, 1).reshape(delta.shape) / b
+            rows = _rows(delta).to(working_dtype(step.sample))
+            denoised = torch.cat([self._respond(weights, i, rows[g]) for i, g in enumerate(groups)]).double()
+            d_output = d_output + ((denoised - a * _rows(delta)) / b).transpose(0, 1).reshape(delta.shape)
         return linearized.step(d_output, delta, step.output, step.timestep, step.sample, **step.arguments)
+
+    def _respond(self, weights: dict[int, float], group: int, rows: Tensor) -> Tensor:
+        return sum((w * self._responses[n][group](rows) for n, w in weights.items()), torch.zeros_like(rows))
 
 
 def _rows(delta: Tensor) -> Tensor:
     """``(K, B, C, H, W)`` to ``(B, K, C·H·W)`` float64."""
-    return delta.double().flatten(2).transpose(0, 1)
+    return delta.double().flatten(2).transpose(0, 1).contiguous()
+
+
+def working_dtype(sample: Tensor) -> torch.dtype:
+    """What responses are applied in: float64 for a float64 network, float32 for all others."""
+    return torch.promote_types(sample.dtype, torch.float32)
 
 
 def _line(nodes: list[int], n: int) -> dict[int, float]:
@@ -198,3 +245,14 @@ def _line(nodes: list[int], n: int) -> dict[int, float]:
         return dict.fromkeys(nodes[-1:], 1.0)
     share = (n - nodes[1]) / (nodes[1] - nodes[0])
     return {nodes[0]: -share, nodes[1]: 1 + share}
+
+
+def interpolation(nodes: list[int], n: int) -> dict[int, float]:
+    """Weights of the cubic through the four nodes around n (Lagrange); the line through the last two beyond them."""
+    if n >= nodes[-1]:
+        return _line(nodes[-2:], n)
+    after = bisect.bisect_right(nodes, n)
+    first = min(max(after - 2, 0), max(len(nodes) - 4, 0))
+    chosen = nodes[first : first + 4]
+    weights = {m: math.prod((n - k) / (m - k) for k in chosen if k != m) for m in chosen}
+    return {m: w for m, w in weights.items() if w}

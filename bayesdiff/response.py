@@ -55,27 +55,21 @@ class Response:
     ) -> Response:
         r"""Measure J along the directions that K deviations have most of.
 
-        p − 1 of them are the principal directions of the deviations; the last is a mixture of what these leave, and its
-        Rayleigh quotient is γ. If there are no more deviations than calls, they span V, γ = 0, and J is exact on them.
-
         Args:
             jacobian: δ ``(B, P)`` to Jδ, one network evaluation of the batch.
             deltas: ``(B, K, P)`` float64.
             num_directions: p, the number of calls.
             mixture: Weights of the deviations in the last direction, ``(K,)``.
         """
-        number = min(num_directions, *deltas.shape[1:])
-        probe = number < min(deltas.shape[1:])
-        directions = _principal(deltas, number - probe)
-        if probe:
-            rest = (mixture.to(deltas) @ (deltas - (deltas @ directions.mT) @ directions)).unsqueeze(1)
-            directions = torch.cat([directions, rest], dim=1)
-            directions = _orthonormal(directions)
-        # Along δ's own length: small enough for a derivative, and no smaller.
-        length = deltas.square().sum((1, 2)).div(deltas.shape[1]).sqrt().unsqueeze(1)
-        safe = torch.where(length > 0, length, 1.0)
-        images = torch.stack([jacobian(v * length) / safe for v in directions.unbind(1)], dim=1)
-        gain = torch.zeros_like(length).unsqueeze(1)
+        chosen = Directions.choose(deltas, num_directions, mixture)
+        return cls.fit(chosen, torch.stack([jacobian(v) for v in chosen.shifts()], dim=1))
+
+    @classmethod
+    def fit(cls, chosen: Directions, images: Tensor) -> Response:
+        """From Jδ along the chosen directions, at their length: ``(B, p, P)`` float64."""
+        directions, probe = chosen.directions, chosen.probe
+        images = images / chosen.safe.unsqueeze(1)
+        gain = torch.zeros_like(chosen.length).unsqueeze(1)
         if probe:
             gain = (directions[:, -1:] * images[:, -1:]).sum(2, keepdim=True)
         excess = images - gain * directions
@@ -87,6 +81,48 @@ class Response:
         scale = torch.where(kept, torch.maximum(values, least).where(kept, torch.ones_like(values)).rsqrt(), 0.0)
         extension = scale.unsqueeze(2) * rotated
         return cls(directions, excess, extension, gain)
+
+    def to(self, dtype: torch.dtype) -> Response:
+        return Response(*(v.to(dtype) for v in (self.directions, self.excess, self.extension, self.gain)))
+
+
+@dataclass(frozen=True)
+class Directions:
+    r"""Where to measure J: p − 1 principal directions of the deviations, and a mixture of what these leave.
+
+    The Rayleigh quotient of the last is γ. If there are no more deviations than calls, they span V, γ = 0, and J is exact
+    on them.
+
+    Args:
+        directions: V, ``(B, p, P)`` float64, orthonormal rows.
+        length: ``(B, 1)``, that of a typical deviation: small enough for a derivative, and no smaller.
+        probe: Whether the last direction is such a mixture.
+    """
+
+    directions: Tensor
+    length: Tensor
+    probe: bool
+
+    @classmethod
+    def choose(cls, deltas: Tensor, num_directions: int, mixture: Tensor) -> Directions:
+        """From ``(B, K, P)`` float64 deviations and the weights of the mixture, ``(K,)``."""
+        number = min(num_directions, *deltas.shape[1:])
+        probe = number < min(deltas.shape[1:])
+        directions = _principal(deltas, number - probe)
+        if probe:
+            rest = (mixture.to(deltas) @ (deltas - (deltas @ directions.mT) @ directions)).unsqueeze(1)
+            directions = _orthonormal(torch.cat([directions, rest], dim=1))
+        length = deltas.square().sum((1, 2)).div(deltas.shape[1]).sqrt().unsqueeze(1)
+        return cls(directions, length, probe)
+
+    @property
+    def safe(self) -> Tensor:
+        """The length, 1 where it is 0."""
+        return torch.where(self.length > 0, self.length, 1.0)
+
+    def shifts(self) -> list[Tensor]:
+        """What to move the sample by, ``(B, P)`` for each call."""
+        return [v * self.length for v in self.directions.unbind(1)]
 
 
 def _principal(deltas: Tensor, number: int) -> Tensor:

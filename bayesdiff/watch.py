@@ -3,29 +3,27 @@
 While the user's pipeline runs its own loop, a hook on the head sees the features of every network call,
 one on the network its arguments, and a wrapper on ``scheduler.step`` what comes of them. From these follow,
 without a line per model, the guidance (:mod:`bayesdiff.guidance`) and the input scaling (network input =
-c · sample, repeated for each branch). Every relation is solved for and its residual must vanish; what is
-not of this form is refused with the residual. Hooks and wrapper come off in every case.
+c · sample, repeated for each branch). Every relation is solved for, for each sample by itself, and its residual must vanish;
+what is not of this form is refused with the residual. Hooks and wrapper come off in every case.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bayesdiff.checks import UnsupportedPipelineError
-from bayesdiff.guidance import ROUNDING, branch_weights, combine
+from bayesdiff.guidance import ROUNDING, Guidance, by_sample, solve
 from bayesdiff.head import Fold, Head
-from bayesdiff.propagate import Step
-
-#: δx ``(B, C, H, W)`` to Jδx, by one evaluation of the network.
-Respond = Callable[[Tensor], Tensor]
+from bayesdiff.rows import first_tensor, in_rows, row_of
+from bayesdiff.step import Step
 
 
 @dataclass(frozen=True)
@@ -39,11 +37,42 @@ class Call:
     output: Tensor
 
 
-def _tensor(output: Any) -> Tensor:
-    """The tensor in whatever a diffusers network returns."""
-    if isinstance(output, Tensor):
-        return output
-    return output[0]
+class GuidedNetwork:
+    """The network as the pipeline used it in one step: g as a function of the sample, all else as it was.
+
+    Args:
+        watch: Whose network it is.
+        calls: The pipeline's own calls in this step.
+        step: What was seen of it.
+        outputs: The branch outputs.
+    """
+
+    def __init__(self, watch: Watch, calls: list[Call], step: Step, outputs: list[Tensor]) -> None:
+        self._watch, self._calls, self._step = watch, calls, step
+        #: g at the step's own sample, in float32 or better.
+        self.output = step.guidance(outputs)
+
+    def __call__(self, sample: Tensor) -> Tensor:
+        """g at another sample: one evaluation of the network, all branches; float32 or better."""
+        return self._shifted(sample.double() - self._step.sample.double())
+
+    def derivative(self, delta: Tensor) -> Tensor:
+        """J δ = (g(x + hδ) − g(x))/h float64, h such that the step is no smaller than rounding allows."""
+        eps = torch.finfo(self._calls[0].output.dtype).eps
+        size = by_sample(_mean_square, delta.double()).sqrt()
+        least = eps**0.5 * by_sample(_mean_square, self._step.sample.double()).sqrt()
+        h = torch.where(size > 0, torch.clamp(least / size, min=1.0), torch.ones_like(size))
+        return (self._shifted(h * delta.double()).double() - self.output.double()) / h
+
+    def _shifted(self, shift: Tensor) -> Tensor:
+        scale, channels = self._step.input_scale, self._step.output.shape[1]
+        scaled = scale.to(shift).view(-1, *(1,) * (shift.ndim - 1)) * shift
+        outputs = [o[:, :channels] for call in self._calls for o in self._watch.again(call, scaled)]
+        return self._step.guidance(outputs)
+
+
+def _mean_square(x: Tensor) -> Tensor:
+    return x.square().mean()
 
 
 class Watch:
@@ -53,14 +82,16 @@ class Watch:
         pipe: The pipeline; its scheduler's ``step`` is wrapped while the context is open.
         network: Its denoising network.
         head: The network's head.
-        on_start: Called with the scheduler before its first step, if given.
-        on_step: Called with each :class:`Step` and its ``respond``, if given; without it only calls are counted and
-            the last sample is kept.
+        on_step: Called with each :class:`Step` and its :class:`GuidedNetwork`, if given; without it only calls are counted
+            and samples are kept.
+        on_start: Called with the scheduler and the first :class:`Step`, before it is taken; goes with ``on_step``.
+        batch_invariant: Evaluate the network row by row, so that a sample's numbers do not depend on the batch to the last bit.
 
     Attributes:
         calls: Network calls so far, ours included.
         own_calls: The pipeline's own calls among them.
         sample: What the last step returned.
+        on_sample: Called with it after each step, if set.
         fold: From the head's output to the network's, known after the first call.
     """
 
@@ -69,11 +100,14 @@ class Watch:
         pipe: Any,
         network: nn.Module,
         head: Head,
-        on_step: Callable[[Step, Respond], None] | None = None,
-        on_start: Callable[[Any], None] | None = None,
+        on_step: Callable[[Step, GuidedNetwork], None] | None = None,
+        on_start: Callable[[Any, Step], None] | None = None,
+        batch_invariant: bool = False,
+        on_sample: Callable[[Tensor], None] | None = None,
     ) -> None:
         self.pipe, self.network, self.head = pipe, network, head
-        self.on_step, self.on_start = on_step, on_start
+        self.on_step, self.on_start, self.on_sample = on_step, on_start, on_sample
+        self.batch_invariant = batch_invariant
         self.calls = self.own_calls = self.steps = 0
         self.sample: Tensor | None = None
         self.fold: Fold | None = None
@@ -81,12 +115,17 @@ class Watch:
         self._features: list[Tensor] = []
         self._head_outputs: list[Tensor] = []
         self._paused = False
+        self._rescaling: tuple[Tensor, Tensor] | None = None  # φ of guidance rescale, and how well it is known
         self._stack = ExitStack()
 
     def __enter__(self) -> Watch:
         with ExitStack() as stack:
             stack.callback(self.head.layer.register_forward_hook(self._see_head).remove)
             stack.callback(self.network.register_forward_hook(self._see_network, with_kwargs=True).remove)
+            if self.batch_invariant:
+                stack.enter_context(
+                    in_rows(self.network, lambda args, kwargs: len(_input(args, kwargs)[1]), self._counted)
+                )
             scheduler = self.pipe.scheduler
             step = scheduler.step
             self._signature = inspect.signature(step)
@@ -111,6 +150,22 @@ class Watch:
         self._stack.close()
         self._pending.clear()
 
+    @contextmanager
+    def _aside(self) -> Iterator[None]:
+        """Calls of ours: counted, not followed."""
+        before, self._paused = self._paused, True
+        try:
+            yield
+        finally:
+            self._paused = before
+
+    @contextmanager
+    def _counted(self) -> Iterator[None]:
+        """A call of ours that no hook on the network sees."""
+        self.calls += 1
+        with self._aside():
+            yield
+
     def _see_head(self, _: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         if not self._paused and self.on_step is not None:
             self._features.append(args[0].detach())
@@ -123,34 +178,40 @@ class Watch:
         self.own_calls += 1
         if self.on_step is None:
             return
-        if len(self._features) != 1:
+        passes = len(_input(args, kwargs)[1]) if self.batch_invariant else 1
+        if len(self._features) != passes:
             raise UnsupportedPipelineError(
-                f"expected one pass through the head {self.head.path!r} in a network call, got {len(self._features)}"
+                f"expected {passes} pass(es) through the head {self.head.path!r} in a network call, got "
+                f"{len(self._features)}"
             )
-        self._pending.append(
-            Call(args, kwargs, self._features.pop(), self._head_outputs.pop(), _tensor(output).detach())
-        )
+        features, head_outputs = (v[0] if passes == 1 else torch.cat(v) for v in (self._features, self._head_outputs))
+        self._features.clear()
+        self._head_outputs.clear()
+        self._pending.append(Call(args, kwargs, features, head_outputs, first_tensor(output).detach()))
 
     def _see_step(self, scheduler: Any, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         bound = self._signature.bind(*args, **kwargs).arguments
+        if "model_output" not in bound:  # a step that takes *args and **kwargs
+            bound = dict(zip(("model_output", "timestep", "sample"), args, strict=False)) | kwargs
         arguments = {k: v for k, v in bound.items() if k not in ("model_output", "timestep", "sample")}
         arguments |= arguments.pop("kwargs", {})
         if self.on_step is not None:
             seen = self._step(bound["model_output"], bound["timestep"], bound["sample"], arguments)
-        if self.steps == 0 and self.on_start is not None:
-            self.on_start(scheduler)
+        if self.on_step is not None and self.on_start is not None and self.steps == 0:
+            self.on_start(scheduler, seen[0])
         result = step(*args, **kwargs)
-        self.sample = _tensor(result if isinstance(result, tuple) else result.prev_sample).detach()
+        self.sample = first_tensor(result if isinstance(result, tuple) else result.prev_sample).detach()
+        if self.on_sample is not None:
+            self.on_sample(self.sample)
         if self.on_step is not None:
-            self._paused = True
-            try:
+            with self._aside():
                 self.on_step(*seen)
-            finally:
-                self._paused = False
         self.steps += 1
         return result
 
-    def _step(self, output: Tensor, timestep: Any, sample: Tensor, arguments: dict[str, Any]) -> tuple[Step, Respond]:
+    def _step(
+        self, output: Tensor, timestep: Any, sample: Tensor, arguments: dict[str, Any]
+    ) -> tuple[Step, GuidedNetwork]:
         """Solve for how the pipeline made ``output`` from ``sample``."""
         previous = self.sample
         calls, self._pending = self._pending, []
@@ -175,64 +236,36 @@ class Watch:
                 )
             features += call.features.split(len(call.features) * batch // len(call.output))
             outputs += [o[:, :channels] for o in call.output.split(batch)]
-        scale = self._input_scale(calls, sample)
-        weights = branch_weights(outputs, output)
-        reference = combine(weights, outputs)
-
-        def respond(delta: Tensor) -> Tensor:
-            """J δx = (g(x + hδx) − g(x))/h, h such that the step is no smaller than rounding allows."""
-            dims = tuple(range(1, delta.ndim))
-            eps = torch.finfo(calls[0].output.dtype).eps
-            size = delta.double().square().mean(dims, keepdim=True).sqrt()
-            least = eps**0.5 * sample.double().square().mean(dims, keepdim=True).sqrt()
-            h = torch.where(size > 0, torch.clamp(least / size, min=1.0), torch.ones_like(size))
-            shifted = [o for call in calls for o in self._again(call, scale * h * delta)]
-            return (combine(weights, [o[:, :channels] for o in shifted]).double() - reference.double()) / h
-
-        seen = Step(
-            self.steps, output.detach(), timestep, sample.detach(), arguments, combine(weights, features), self.fold, scale
+        guidance = self._settle(solve(outputs, output))
+        step = Step(
+            self.steps, output.detach(), timestep, sample.detach(), arguments, guidance, tuple(features), tuple(outputs),
+            guidance.combine(features), self.fold, _input_scale(calls, sample),
         )  # fmt: skip
-        return seen, respond
+        return step, GuidedNetwork(self, calls, step, outputs)
 
-    def _input(self, call: Call) -> tuple[str | int, Tensor]:
-        """The network's noisy input among the arguments of a call, and where it is."""
-        if call.args:
-            return 0, call.args[0]
-        for name in ("sample", "hidden_states"):
-            if name in call.kwargs:
-                return name, call.kwargs[name]
-        raise UnsupportedPipelineError(
-            f"expected the network's input first or named 'sample' or 'hidden_states', got {list(call.kwargs)}"
-        )
+    def _settle(self, guidance: Guidance) -> Guidance:
+        """One step of one sample cannot tell rescaling from any other factor; that φ is the same in all steps can.
 
-    def _input_scale(self, calls: list[Call], sample: Tensor) -> float:
-        """c with network input = c · sample in every branch."""
-        x = sample.double()
-        scale: float | None = None
-        for call in calls:
-            _, z = self._input(call)
-            blocks = z.unflatten(0, (-1, len(sample)))[:, :, : sample.shape[1]].double()
-            if blocks.shape[1:] != x.shape:
+        The best determined φ of each sample so far takes the place of this step's.
+        """
+        if guidance.amount is None or guidance.slack is None:
+            return guidance
+        amount, slack = guidance.amount, guidance.slack
+        if self._rescaling is not None:
+            before, uncertain = self._rescaling
+            if bool(((amount - before).abs() > slack + uncertain).any()):
                 raise UnsupportedPipelineError(
-                    f"expected network inputs shaped as the sample {tuple(sample.shape)}, got {tuple(z.shape)}"
+                    f"expected guidance rescaled by the same amount φ in every step, got φ = {before.tolist()} and then "
+                    f"{amount.tolist()}: other nonlinear guidance cannot be followed"
                 )
-            if scale is None:
-                scale = float((blocks[0] * x).sum() / x.square().sum())
-            worst = _largest(blocks - scale * x)
-            eps = max(torch.finfo(z.dtype).eps, torch.finfo(sample.dtype).eps)
-            if not worst <= ROUNDING * eps * scale * _largest(x):
-                raise UnsupportedPipelineError(
-                    f"expected the network's input to be a multiple of the sample, got a residual of {worst:.3g} from "
-                    f"{scale:.4g} times it"
-                )
-        if scale is None:
-            raise UnsupportedPipelineError("expected a network call before every scheduler step, got none")
-        # What differs from 1 by rounding is 1.
-        return 1.0 if abs(scale - 1) < torch.finfo(sample.dtype).eps else scale
+            better = slack < uncertain
+            amount, slack = torch.where(better, amount, before), torch.where(better, slack, uncertain)
+        self._rescaling = (amount, slack)
+        return replace(guidance, amount=amount, slack=slack)
 
-    def _again(self, call: Call, shift: Tensor) -> tuple[Tensor, ...]:
+    def again(self, call: Call, shift: Tensor) -> tuple[Tensor, ...]:
         """The pipeline's own call again, its sample shifted in every branch: one output per branch."""
-        where, z = self._input(call)
+        where, z = _input(call.args, call.kwargs)
         batch, channels = shift.shape[:2]
         moved = z.unflatten(0, (-1, batch)).to(torch.float64, copy=True)  # the pipeline's own stays as it is
         moved[:, :, :channels] += shift
@@ -243,17 +276,56 @@ class Watch:
         else:
             kwargs[where] = moved
         with torch.no_grad():
-            return _tensor(self.network(*args, **kwargs)).split(batch)
+            return first_tensor(self.network(*args, **kwargs)).split(batch)
 
     def _read_fold(self, call: Call) -> Fold:
         if call.head_output.shape == call.output.shape and torch.equal(call.head_output, call.output):
             return Fold(None)
-        self._paused = True
-        try:
-            with torch.no_grad():
-                return Fold.read(self.head, lambda: _tensor(self.network(*call.args, **call.kwargs)))
-        finally:
-            self._paused = False
+        rows = len(_input(call.args, call.kwargs)[1])
+        args, kwargs = call.args, call.kwargs
+        if self.batch_invariant:  # one row, one pass through the head
+            args, kwargs = row_of(args, rows, 0), row_of(kwargs, rows, 0)
+        with self._aside(), torch.no_grad():
+            return Fold.read(self.head, lambda: first_tensor(self.network(*args, **kwargs)))
+
+
+def _input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str | int, Tensor]:
+    """The network's noisy input among the arguments of a call, and where it is."""
+    if args:
+        return 0, args[0]
+    for name in ("sample", "hidden_states"):
+        if name in kwargs:
+            return name, kwargs[name]
+    raise UnsupportedPipelineError(
+        f"expected the network's input first or named 'sample' or 'hidden_states', got {list(kwargs)}"
+    )
+
+
+def _input_scale(calls: list[Call], sample: Tensor) -> Tensor:
+    """c ``(B,)`` float64 on the CPU, with network input = c · sample in every branch."""
+    x = sample.double()
+    eps = torch.finfo(sample.dtype).eps
+    scale: Tensor | None = None
+    for call in calls:
+        _, z = _input(call.args, call.kwargs)
+        blocks = z.unflatten(0, (-1, len(sample)))[:, :, : sample.shape[1]].double()
+        if blocks.shape[1:] != x.shape:
+            raise UnsupportedPipelineError(
+                f"expected network inputs shaped as the sample {tuple(sample.shape)}, got {tuple(z.shape)}"
+            )
+        if scale is None:
+            found = [float((b * v).sum() / v.square().sum()) for b, v in zip(blocks[0], x, strict=True)]
+            # What differs from 1 by rounding is 1.
+            scale = torch.tensor([1.0 if abs(c - 1) < eps else c for c in found], dtype=torch.float64)
+        worst = _largest(blocks - scale.to(x).view(-1, *(1,) * (x.ndim - 1)) * x)
+        if not worst <= ROUNDING * max(torch.finfo(z.dtype).eps, eps) * float(scale.max()) * _largest(x):
+            raise UnsupportedPipelineError(
+                f"expected the network's input to be a multiple of the sample, got a residual of {worst:.3g} from "
+                f"{float(scale[0]):.4g} times it"
+            )
+    if scale is None:
+        raise UnsupportedPipelineError("expected a network call before every scheduler step, got none")
+    return scale
 
 
 def _largest(tensor: Tensor) -> float:

@@ -8,6 +8,9 @@ import torch
 from diffusers import DDPMScheduler, DiTTransformer2DModel, SD3Transformer2DModel, UNet2DModel
 from torch import Tensor, nn
 
+from bayesdiff import LaplacePosterior, fit
+from bayesdiff.zoo import ClassConditionalPipeline
+
 
 def tiny_unet(*, channels: int = 3, classes: int | None = None, seed: int = 0) -> UNet2DModel:
     """A U-Net of a few thousand weights, on ``channels`` × 8 × 8."""
@@ -38,6 +41,32 @@ def tiny_sd3(seed: int = 0) -> SD3Transformer2DModel:
 
 def scheduler(**kwargs) -> DDPMScheduler:
     return DDPMScheduler(**{"num_train_timesteps": 1000, "clip_sample": False, **kwargs})
+
+
+def class_pipeline(sampler, dtype: torch.dtype = torch.float32, seed: int = 0) -> ClassConditionalPipeline:
+    """A tiny class-conditional U-Net with three classes and the null class, in a pipeline that scales its input."""
+    unet = tiny_unet(channels=1, classes=4, seed=seed)
+    nn.Module.to(unet, dtype)  # diffusers' own .to() warns of an empty list of modules
+    pipe = ClassConditionalPipeline(unet, sampler)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def class_posterior(pipe: ClassConditionalPipeline, scale: float = 1.0) -> LaplacePosterior:
+    """Fitted to 32 random images; ``scale`` divides its covariance."""
+    generator = torch.Generator().manual_seed(1)
+    data = {
+        "images": torch.rand(32, 1, 8, 8, generator=generator) * 2 - 1,
+        "class_labels": torch.randint(4, (32,), generator=generator),
+    }
+    network_only = ClassConditionalPipeline(pipe.unet, scheduler())  # the posterior is not the sampler's
+    return fit(
+        network_only, data, dataset_size=round(32 * scale), generator=torch.Generator().manual_seed(2), progress=False
+    )
+
+
+def seeds(*values: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(v) for v in values]
 
 
 @dataclass(frozen=True)

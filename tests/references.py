@@ -118,3 +118,75 @@ def log_evidence(
 def central_difference(function, x: Tensor, direction: Tensor, step: float = 1e-5) -> Tensor:
     """(f(x + h d) − f(x − h d)) / 2h in float64."""
     return (function(x + step * direction) - function(x - step * direction)) / (2 * step)
+
+
+def ddim_moments(
+    abar: float, abar_next: float, mean: Tensor, variance: Tensor, mean_eps: Tensor, variance_eps: Tensor, cov: Tensor
+) -> tuple[Tensor, Tensor]:
+    """One step of DDIM (η = 0) as BayesDiff has it (Kou et al. 2024): E[x'], Var[x'] of moments of x and ε."""
+    alpha, sigma, alpha_next, sigma_next = (math.sqrt(v) for v in (abar, 1 - abar, abar_next, 1 - abar_next))
+    of_x = alpha_next / alpha
+    of_eps = sigma_next - of_x * sigma
+    return (
+        of_x * mean + of_eps * mean_eps,
+        of_x**2 * variance + 2 * of_x * of_eps * cov + of_eps**2 * variance_eps,
+    )
+
+
+def ddpm_moments(
+    abar: float, abar_next: float, mean: Tensor, variance: Tensor, mean_eps: Tensor, variance_eps: Tensor, cov: Tensor
+) -> tuple[Tensor, Tensor]:
+    """One ancestral step of DDPM, without its noise."""
+    beta = 1 - abar / abar_next
+    return (
+        (mean - beta / math.sqrt(1 - abar) * mean_eps) / math.sqrt(1 - beta),
+        variance / (1 - beta)
+        - 2 * beta / ((1 - beta) * math.sqrt(1 - abar)) * cov
+        + beta**2 / ((1 - beta) * (1 - abar)) * variance_eps,
+    )
+
+
+def posterior_noise(abar: float, abar_next: float, *, large: bool = False) -> float:
+    """The noise variance of DDPM's ancestral step: β̃ (fixed_small) or β (fixed_large); none in the last step."""
+    if abar_next == 1:
+        return 0.0
+    beta = 1 - abar / abar_next
+    return beta if large else (1 - abar_next) / (1 - abar) * beta
+
+
+def bayesdiff_recursion(
+    moments, noises: list[float], abars: list[float], network, samples: list[Tensor], variances: list[Tensor],
+    draws: list[Tensor], skip_interval: int = 1, centered: bool = False,
+) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
+    """BayesDiff's recursion along a trajectory that is given: the last E[x], and Var[x] after each step.
+
+    Args:
+        moments: :func:`ddim_moments` or :func:`ddpm_moments`.
+        noises: s² of each step.
+        abars: ᾱ at each step's timestep, and at last where the last step ends.
+        network: (x, n) to ε at step n.
+        samples: x at each step, ``(B, C, H, W)``.
+        variances: Var[ε] at each step.
+        draws: z of each step, ``(S, C, H, W)``.
+    """
+    mean, variance, after = samples[0], torch.zeros_like(samples[0]), []
+    for n, x in enumerate(samples):
+        cov, variance_eps = torch.zeros_like(mean), variances[n]
+        if n == 0:
+            mean_eps = network(x, n)
+        elif n % skip_interval:
+            mean_eps, variance_eps = network(x, n), torch.zeros_like(mean)
+        else:
+            drawn = [mean + variance.clamp(min=0).sqrt() * z for z in draws[n]]
+            eps = [network(v, n) for v in drawn]
+            s = len(drawn)
+            mean_eps = sum(eps) / s
+            if centered:
+                middle = sum(drawn) / s
+                cov = sum((v - middle) * (e - mean_eps) for v, e in zip(drawn, eps, strict=True)) / (s - 1)
+            else:
+                cov = sum(v * e for v, e in zip(drawn, eps, strict=True)) / s - mean * sum(eps) / s
+        mean, variance = moments(abars[n], abars[n + 1], mean, variance, mean_eps, variance_eps, cov)
+        variance = variance + noises[n]
+        after.append(variance)
+    return mean, after

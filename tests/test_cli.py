@@ -130,7 +130,7 @@ def no_network(monkeypatch):
         (("--class", "bag", "--seed", -1), "expected --seed >= 0, got -1"),
         (("--class", "bag", "--scheduler", "dimm"), "got 'dimm'; did you mean 'ddim'"),
         (("--class", "bag", "--model", "fashion"), "'fashion-ddpm', or a folder"),
-        (("--class", "bag", "--propagation", "magic"), "'tangents', 'ensemble', got 'magic'"),
+        (("--class", "bag", "--propagation", "magic"), "'ensemble', 'bayesdiff', 'bayesdiff-centered', got 'magic'"),
         (("--class", "bag", "--propagation", "ensemble", "--num-tangents", 1), "expected --num-tangents >= 2, got 1"),
         (("--class", "bag", "--structure", "round"), "got 'round'"),
         (("--class", "bag", "--covariance", "round"), "got 'round'"),

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bayesdiff import UncertaintyPipeline, fit, zoo
-from bayesdiff.propagate import refresh_steps
+from bayesdiff.propagate import interpolation, plan
 from bayesdiff.response import Response
 
 B, P = 2, 40
@@ -98,18 +98,44 @@ def test_no_deviation_has_no_response(k):
     assert torch.equal(out, torch.zeros_like(out))
 
 
-@pytest.mark.parametrize("num_steps", [1, 2, 3, 7, 20, 25, 50, 51, 1000])
-@pytest.mark.parametrize("refresh", [1, 2, 4, 13, 5000])
-def test_refresh_steps(num_steps, refresh):
-    steps = refresh_steps(num_steps, refresh)
+@pytest.mark.parametrize("num_steps", [1, 2, 3, 4, 7, 8, 20, 25, 50, 51, 1000])
+@pytest.mark.parametrize("extra_calls", [0.5, 1.2, 2.5, 10])
+@pytest.mark.parametrize("stages", [1, 2])
+def test_the_plan_keeps_to_its_budget(num_steps, extra_calls, stages):
+    steps, p = plan(num_steps, extra_calls, stages=stages)
     last = num_steps - 1
-    wanted = min(last, max(-(-last // refresh), 10))
-    assert 0.95 * wanted <= len(steps) <= wanted  # two may round to the same
     assert steps == sorted(set(steps))
+    assert all(1 <= n <= last for n in steps)
     if last:
-        assert (steps[0], steps[-1]) == (1, last)
-    gaps = [b - a for a, b in itertools.pairwise(steps)]
-    assert all(b <= a + 1 for a, b in itertools.pairwise(gaps))  # denser late, up to rounding
+        assert (steps[0], steps[-1]) == (1 if len(steps) > 1 else last, last)
+        assert p == 1 or len(steps) * p <= extra_calls * num_steps
+        assert len(steps) * (p + 1) + len(steps) > extra_calls * num_steps or len(steps) == last  # and spends it
+    assert all(n % stages == 1 % stages for n in steps[:-1])
+    gaps = [b - a for a, b in itertools.pairwise(steps)][:-1]
+    assert all(b <= a + stages for a, b in itertools.pairwise(gaps))  # denser late, up to rounding
+
+
+def test_the_plan_by_hand():
+    assert plan(50, 2.5) == ([1, 8, 15, 21, 27, 32, 37, 41, 45, 47, 49], 11)
+    assert plan(25, 1.2)[1] == 6
+    assert plan(4, 2.5) == ([1, 2, 3], 3)  # few steps: all of them
+    assert plan(20, 2.5, refresh=1, num_directions=16) == (list(range(1, 20)), 16)
+    assert len(plan(50, 2.5, refresh=5)[0]) == 10
+    assert plan(25, 2.5, refresh=1, stages=2)[0] == list(range(1, 25))
+    assert plan(1, 2.5)[0] == []
+
+
+@pytest.mark.parametrize("nodes", [[1], [1, 4], [1, 3, 4], [1, 5, 9, 12, 14, 15]])
+def test_interpolation_reproduces_polynomials(nodes):
+    """Cubics where there are four nodes; lines beyond the last."""
+    for degree in range(min(3, len(nodes) - 1) + 1):
+        for n in range(1, nodes[-1] + 1):
+            weights = interpolation(nodes, n)
+            assert sum(w * m**degree for m, w in weights.items()) == pytest.approx(n**degree)
+            if n in nodes:
+                assert weights == {n: 1}
+    beyond = interpolation(nodes, nodes[-1] + 2)
+    assert sum(w * m for m, w in beyond.items()) == pytest.approx(nodes[-1] + 2 * (len(nodes) > 1))
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +165,7 @@ def test_few_calls_on_a_trained_model(shipped):
     exact = run(shipped, num_tangents=16, refresh=1, num_directions=16)
     assert exact.calls == 20 + 19 * 16
     fast = run(shipped, num_tangents=16)
-    assert fast.calls == 20 + 10 * 5
+    assert fast.calls == 20 + 7 * 7
     correlation, ratio = agreement(fast.std, exact.std)
     assert correlation > 0.94
     assert 0.85 < ratio < 1.15
