@@ -74,14 +74,27 @@ def map_command(
     guidance_scale: Annotated[float, typer.Option(help="1 is no guidance.")] = 1.0,
     propagation: Annotated[str, typer.Option(help=f"One of {', '.join(PROPAGATIONS)}.")] = "tangents",
     num_tangents: Annotated[int, typer.Option(help="Weight draws: K of tangents, M of an ensemble.")] = 64,
-    refresh: Annotated[int, typer.Option(help="r, steps between measurements of the network's response.")] = 4,
-    num_directions: Annotated[
+    extra_calls: Annotated[
+        float, typer.Option(help="Network calls that tangents may spend, in those of the images alone.")
+    ] = 2.5,
+    refresh: Annotated[
         int | None,
         typer.Option(
-            help="p, network evaluations in one measurement; by default about 3.5 times the plain calls in all.",
+            help="r, steps between measurements of the network's response; by default from --extra-calls.",
             show_default=False,
         ),
     ] = None,
+    num_directions: Annotated[
+        int | None,
+        typer.Option(
+            help="p, network evaluations in one measurement; by default from --extra-calls.", show_default=False
+        ),
+    ] = None,
+    recursion_samples: Annotated[int, typer.Option(help="S of bayesdiff.")] = 10,
+    skip_interval: Annotated[int, typer.Option(help="bayesdiff quantifies one step in so many.")] = 1,
+    batch_invariant: Annotated[
+        bool, typer.Option("--batch-invariant", help="The same map to the last bit in any batch; slower.")
+    ] = False,
     posterior: Annotated[
         Path | None,
         typer.Option(
@@ -99,16 +112,20 @@ def map_command(
         settings = {
             "model": model, "classes": classes, "num_samples": num_samples, "steps": steps, "seed": seed,
             "scheduler": scheduler, "eta": eta, "guidance_scale": guidance_scale, "propagation": propagation,
-            "num_tangents": num_tangents, "refresh": refresh, "num_directions": num_directions,
-            "structure": structure, "covariance": covariance,
+            "num_tangents": num_tangents, "extra_calls": extra_calls, "refresh": refresh,
+            "num_directions": num_directions, "recursion_samples": recursion_samples, "skip_interval": skip_interval,
+            "batch_invariant": batch_invariant, "structure": structure, "covariance": covariance,
             "posterior": "fitted" if posterior is None else "given", "dtype": dtype,
         }  # fmt: skip
         check_int("--num-samples", num_samples, least=1)
         check_int("--steps", steps, least=1)
         check_int("--seed", seed, least=0)
         check_choice("--propagation", propagation, PROPAGATIONS)
-        check_int("--num-tangents", num_tangents, least=1 if propagation == "tangents" else 2)
-        check_int("--refresh", refresh, least=1)
+        check_int("--num-tangents", num_tangents, least=2 if propagation == "ensemble" else 1)
+        check_int("--recursion-samples", recursion_samples, least=2)
+        check_int("--skip-interval", skip_interval, least=1)
+        if refresh is not None:
+            check_int("--refresh", refresh, least=1)
         if num_directions is not None:
             check_int("--num-directions", num_directions, least=1)
         check_choice("--structure", structure, STRUCTURES)
@@ -129,11 +146,13 @@ def map_command(
                 laplace = _fit(pipe, data, seed, structure=structure, covariance=covariance)
             laplace.save(out / "posterior")
         up = UncertaintyPipeline(
-            pipe, laplace, propagation=propagation, num_tangents=num_tangents, refresh=refresh,
-            num_directions=num_directions,
+            pipe, laplace, propagation=propagation, num_tangents=num_tangents, extra_calls=extra_calls, refresh=refresh,
+            num_directions=num_directions, num_samples=recursion_samples, skip_interval=skip_interval,
+            batch_invariant=batch_invariant,
             generator=item_generator(seed, TANGENT_DRAWS if propagation == "tangents" else ENSEMBLE_DRAWS),
         )  # fmt: skip
-        _say(f"sampling {num_samples} × {steps} steps with {propagation} of {num_tangents} weight draws")
+        draws = f" of {num_tangents} weight draws" if propagation in ("tangents", "ensemble") else ""
+        _say(f"sampling {num_samples} × {steps} steps with {propagation}{draws}")
         with _timed(seconds, "sampling"):
             output = up(
                 indices, num_inference_steps=steps, eta=eta, guidance_scale=guidance_scale,
@@ -146,7 +165,7 @@ def map_command(
             "command": "map",
             "settings": settings,
             "samples": [
-                {"file": file, "class": name, "seed": seed + i}
+                {"file": file, "class": name, "seed": seed + i, **{k: float(v[i]) for k, v in output.scores().items()}}
                 for i, (file, name) in enumerate(zip(files, names, strict=True))
             ],
             "posterior": _describe(laplace),

@@ -45,7 +45,7 @@ class UncertaintyOutput:
         latents: The last sample and its variance (0 where that is negative), in the network's space. The mean is the pipe's
             own last sample for tangents, the members' mean for ensembles, the recursion's E[x] for ``"bayesdiff"``.
         steps: For each denoising step the network's (guided) output and its closed-form variance.
-        calls: Network calls in all, the pipe's own included.
+        calls: Network calls in all, the pipe's own included; one on G times the pipe's batch counts as G.
         plain_calls: The pipe's own network calls.
         output: What the pipe returned, whole.
         trajectory: With ``return_trajectory``, the sample after each step and its variance, in the network's space.
@@ -119,6 +119,8 @@ class UncertaintyPipeline:
         refresh: r, steps between measurements, on average (tangents only); by default from ``extra_calls``.
         num_directions: p, network evaluations in one measurement (tangents only); by default what ``extra_calls`` allows.
             With ``refresh=1`` and p ≥ K nothing is approximated but the linearisation.
+        directions_per_call: How many of them share one network call, of so many times the pipe's batch: as memory allows, faster
+            on a GPU that the pipe's own batch leaves idle.
         num_samples: S, draws of the sample in each quantified step (bayesdiff only).
         skip_interval: Every how many steps one is quantified (bayesdiff only).
         redraw: New weights at every step (ensemble only), as if the errors of the steps were independent.
@@ -148,6 +150,7 @@ class UncertaintyPipeline:
         extra_calls: float = 2.5,
         refresh: int | None = None,
         num_directions: int | None = None,
+        directions_per_call: int = 1,
         num_samples: int = 10,
         skip_interval: int = 1,
         redraw: bool = False,
@@ -164,6 +167,7 @@ class UncertaintyPipeline:
         self.extra_calls = float(extra_calls)
         self.refresh = None if refresh is None else check_int("refresh", refresh, least=1)
         self.num_directions = None if num_directions is None else check_int("num_directions", num_directions, least=1)
+        self.directions_per_call = check_int("directions_per_call", directions_per_call, least=1)
         self.num_samples = check_int("num_samples", num_samples, least=2)
         self.skip_interval = check_int("skip_interval", skip_interval, least=1)
         if redraw and propagation != "ensemble":
@@ -248,7 +252,7 @@ class UncertaintyPipeline:
         if self.propagation == "tangents":
             return Tangents(
                 self.deviations, self.posterior.geometry, scheduler, num_steps, self.extra_calls, self.refresh,
-                self.num_directions, self.batch_invariant,
+                self.num_directions, self.directions_per_call, self.batch_invariant,
             )  # fmt: skip
         return Recursion(
             self.posterior, scheduler, self.num_samples, self.skip_interval,

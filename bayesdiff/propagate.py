@@ -62,6 +62,14 @@ class Propagated:
     factors: Tensor | None = None
 
 
+def spread(places: list[int], number: int, density: float) -> list[int]:
+    """Some of the places, the last among them: n ∝ 1 − (1 − u)^density for even u."""
+    if number >= len(places):
+        return places
+    u = np.linspace(0, 1, number) if number > 1 else np.ones(1)
+    return [places[int(n)] for n in np.unique(((len(places) - 1) * (1 - (1 - u) ** density)).round())]
+
+
 def plan(
     num_steps: int, extra_calls: float, refresh: int | None = None, num_directions: int | None = None, stages: int = 1
 ) -> tuple[list[int], int]:
@@ -93,10 +101,7 @@ def plan(
     else:
         number = max(round(budget**0.5), math.ceil(last / WIDEST), 1)
     number = min(number, last)
-    u = np.linspace(0, 1, number) if number > 1 else np.ones(1)
-    density = min(DENSITY, 1 + number / 20)
-    chosen = range(last) if number == last else np.unique(((last - 1) * (1 - (1 - u) ** density)).round())
-    steps = [places[int(n)] for n in chosen]
+    steps = spread(places, number, min(DENSITY, 1 + number / 20))
     if refresh == 1:
         steps = list(range(1, num_steps))
     return steps, num_directions or max(1, int(budget / len(steps)))
@@ -113,6 +118,7 @@ class Tangents:
         extra_calls: Network calls that may be spent, in those of the plain pipeline; see :func:`plan`.
         refresh: r, steps between measurements of the response, on average.
         num_directions: p, network evaluations in one measurement.
+        directions_per_call: How many directions share one network call, of so many times the batch.
         batch_invariant: Work on each sample by itself, so that its numbers do not depend on the batch to the last bit.
     """
 
@@ -125,8 +131,10 @@ class Tangents:
         extra_calls: float = 2.5,
         refresh: int | None = None,
         num_directions: int | None = None,
+        directions_per_call: int = 1,
         batch_invariant: bool = False,
     ) -> None:
+        self.directions_per_call = directions_per_call
         self.deviations, self.geometry, self.batch_invariant = deviations, geometry, batch_invariant
         stages = int(getattr(scheduler, "order", 1))
         self.refreshed, self.num_directions = plan(num_steps, extra_calls, refresh, num_directions, stages)
@@ -202,10 +210,12 @@ class Tangents:
         groups = self._groups(shape[0])
         mixture = torch.randn(len(delta), generator=item_generator(0, step.index), dtype=torch.float64)
         chosen = [Directions.choose(rows[g], self.num_directions, mixture) for g in groups]
+        shifts = [torch.cat(pieces) for pieces in zip(*(c.shifts() for c in chosen), strict=True)]
         images = []
-        for pieces in zip(*(c.shifts() for c in chosen), strict=True):
-            v = torch.cat(pieces)
-            images.append(a[:, 0] * v + b[:, 0] * network.derivative(v.view(shape)).to(v).flatten(1))
+        for first in range(0, len(shifts), self.directions_per_call):
+            some = shifts[first : first + self.directions_per_call]
+            responses = network.derivatives([v.view(shape) for v in some])
+            images += [a[:, 0] * v + b[:, 0] * r.to(v).flatten(1) for v, r in zip(some, responses, strict=True)]
         stacked = torch.stack(images, dim=1)
         return [Response.fit(c, stacked[g]).to(working_dtype(step.sample)) for c, g in zip(chosen, groups, strict=True)]
 

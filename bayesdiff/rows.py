@@ -68,6 +68,17 @@ def row_of(value: Any, rows: int, i: int) -> Any:
     return value
 
 
+def repeated(value: Any, rows: int, times: int) -> Any:
+    """Arguments of a call with every row ``times`` times, one whole batch after the other."""
+    if isinstance(value, Tensor):
+        return value.repeat(times, *(1,) * (value.ndim - 1)) if value.ndim and len(value) == rows else value
+    if isinstance(value, dict):
+        return {k: repeated(v, rows, times) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(repeated(v, rows, times) for v in value)
+    return value
+
+
 def _join(outputs: list[Any]) -> Any:
     """Rows of whatever a diffusers network returns, as one."""
     first = outputs[0]

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from bayesdiff.checks import UnsupportedPipelineError
 from bayesdiff.guidance import ROUNDING, Guidance, by_sample, solve
 from bayesdiff.head import Fold, Head
-from bayesdiff.rows import first_tensor, in_rows, row_of
+from bayesdiff.rows import first_tensor, in_rows, repeated, row_of
 from bayesdiff.step import Step
 
 
@@ -54,21 +54,25 @@ class GuidedNetwork:
 
     def __call__(self, sample: Tensor) -> Tensor:
         """g at another sample: one evaluation of the network, all branches; float32 or better."""
-        return self._shifted(sample.double() - self._step.sample.double())
+        return self._shifted([sample.double() - self._step.sample.double()])[0]
 
-    def derivative(self, delta: Tensor) -> Tensor:
-        """J δ = (g(x + hδ) − g(x))/h float64, h such that the step is no smaller than rounding allows."""
+    def derivatives(self, deltas: Sequence[Tensor]) -> list[Tensor]:
+        """J δ = (g(x + hδ) − g(x))/h float64 of G deviations, h such that the step is no smaller than rounding allows.
+
+        One call of the network on G times its batch.
+        """
         eps = torch.finfo(self._calls[0].output.dtype).eps
-        size = by_sample(_mean_square, delta.double()).sqrt()
         least = eps**0.5 * by_sample(_mean_square, self._step.sample.double()).sqrt()
-        h = torch.where(size > 0, torch.clamp(least / size, min=1.0), torch.ones_like(size))
-        return (self._shifted(h * delta.double()).double() - self.output.double()) / h
+        sizes = [by_sample(_mean_square, delta.double()).sqrt() for delta in deltas]
+        steps = [torch.where(v > 0, torch.clamp(least / v, min=1.0), torch.ones_like(v)) for v in sizes]
+        shifted = self._shifted([h * delta.double() for h, delta in zip(steps, deltas, strict=True)])
+        return [(g.double() - self.output.double()) / h for g, h in zip(shifted, steps, strict=True)]
 
-    def _shifted(self, shift: Tensor) -> Tensor:
+    def _shifted(self, shifts: list[Tensor]) -> list[Tensor]:
         scale, channels = self._step.input_scale, self._step.output.shape[1]
-        scaled = scale.to(shift).view(-1, *(1,) * (shift.ndim - 1)) * shift
-        outputs = [o[:, :channels] for call in self._calls for o in self._watch.again(call, scaled)]
-        return self._step.guidance(outputs)
+        scaled = torch.stack([scale.to(v).view(-1, *(1,) * (v.ndim - 1)) * v for v in shifts])
+        branches = [o[:, :, :channels] for call in self._calls for o in self._watch.again(call, scaled)]
+        return [self._step.guidance([o[i] for o in branches]) for i in range(len(shifts))]
 
 
 def _mean_square(x: Tensor) -> Tensor:
@@ -263,20 +267,32 @@ class Watch:
         self._rescaling = (amount, slack)
         return replace(guidance, amount=amount, slack=slack)
 
-    def again(self, call: Call, shift: Tensor) -> tuple[Tensor, ...]:
-        """The pipeline's own call again, its sample shifted in every branch: one output per branch."""
+    def again(self, call: Call, shifts: Tensor) -> tuple[Tensor, ...]:
+        """The pipeline's own call again, its sample shifted in every branch.
+
+        Args:
+            call: Of M branches.
+            shifts: ``(G, B, C, H, W)``; one network call for all, counted as G.
+
+        Returns:
+            M outputs, ``(G, B, C', H, W)`` each.
+        """
         where, z = _input(call.args, call.kwargs)
-        batch, channels = shift.shape[:2]
-        moved = z.unflatten(0, (-1, batch)).to(torch.float64, copy=True)  # the pipeline's own stays as it is
-        moved[:, :, :channels] += shift
-        moved = moved.flatten(0, 1).to(z.dtype)
-        args, kwargs = list(call.args), dict(call.kwargs)
+        number, batch, channels = shifts.shape[:3]
+        moved = z.unflatten(0, (-1, batch)).to(torch.float64).repeat(number, *(1,) * z.ndim)
+        moved = moved.unflatten(0, (number, -1))  # (G, M, B, …)
+        moved[:, :, :, :channels] += shifts.unsqueeze(1)
+        branches = moved.shape[1]
+        inputs = moved.flatten(0, 2).to(z.dtype)
+        args, kwargs = repeated(list(call.args), len(z), number), repeated(call.kwargs, len(z), number)
         if isinstance(where, int):
-            args[where] = moved
+            args[where] = inputs
         else:
-            kwargs[where] = moved
+            kwargs[where] = inputs
+        self.calls += number - 1
         with torch.no_grad():
-            return first_tensor(self.network(*args, **kwargs)).split(batch)
+            output = first_tensor(self.network(*args, **kwargs))
+        return output.unflatten(0, (number, branches, batch)).unbind(1)
 
     def _read_fold(self, call: Call) -> Fold:
         if call.head_output.shape == call.output.shape and torch.equal(call.head_output, call.output):

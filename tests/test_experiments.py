@@ -7,12 +7,15 @@ import json
 import pytest
 import torch
 
+import bayesdiff
 from bayesdiff.io import environment
 from experiments.common import agreement, record, results_folder, table
 from experiments.fit_overhead import __main__ as fit_overhead
 from experiments.mc_vs_analytic import __main__ as mc_vs_analytic
 from experiments.mc_vs_analytic.heads import Shape, fitted
 from experiments.posterior_check import __main__ as posterior_check
+from experiments.propagation import __main__ as propagation
+from experiments.propagation import references
 from tests import cases
 
 
@@ -91,3 +94,42 @@ def test_the_clock_of_a_fit():
     assert 0 < clock.network < clock.whole_pass < clock.total
     assert not network._forward_hooks
     assert not network._forward_pre_hooks
+
+
+def test_propagation(tmp_path, monkeypatch):
+    pipe, data = bayesdiff.zoo.load("fashion-ddpm")
+    posterior = bayesdiff.fit(
+        pipe, data.subset(slice(60)), dataset_size=data.dataset_size, generator=torch.Generator().manual_seed(0),
+        progress=False,
+    )  # fmt: skip
+    monkeypatch.setattr(references, "fitted", lambda _: posterior)
+    monkeypatch.setattr(propagation, "MEMBERS", (2, 6))
+    propagation.main(trajectories=24, samples=3, repeats=1, draws=16, only=["tcd-4"], out=tmp_path)
+    kept = sorted((tmp_path / "references").iterdir())
+    assert [path.name for path in kept] == ["tcd-4.safetensors"]
+    result = json.loads((tmp_path / "results.json").read_text())
+    rows = {(r["sampling"], r["method"], r["detail"]): r for r in result["results"]}
+    for budget, k in zip(propagation.BUDGETS, ("2.2", "3.3", "5.6"), strict=True):
+        row = rows["tcd-4", "tangents", f"K = 16, {k}×"]
+        assert row["calls_ratio"] <= budget
+        assert row["negative"] == 0
+    assert row["correlation"] > 0.6
+    assert rows["tcd-4", "ensemble", "M = 6"]["calls_ratio"] == 7
+    assert rows["tcd-4", "bayesdiff", "S = 10, every 1"]["negative"] > 0
+    assert (tmp_path / "propagation.png").stat().st_size > 10_000
+    # A reference that fits is not made again.
+    times = [path.stat().st_mtime_ns for path in kept]
+    monkeypatch.setattr(references.Setting, "pipe", None)
+    (sampling,) = (s for s in references.SAMPLINGS if s.name == "tcd-4")
+    found = references.reference(tmp_path, references.Setting(3, 24, 0), sampling)
+    assert found.shape == (3, 1, 28, 28)
+    assert [path.stat().st_mtime_ns for path in kept] == times
+
+
+def test_subsets_of_an_ensemble():
+    members = torch.randn(8, 2, 1, 3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    factors = (members - members.mean(0)) / 7**0.5
+    output = bayesdiff.UncertaintyOutput(None, None, None, [], 9, 1, None, factors=factors)
+    maps = propagation.subsets(output, 4)
+    torch.testing.assert_close(maps[1], members[4:].std(0).float())
+    assert len(propagation.subsets(output, 3)) == 2

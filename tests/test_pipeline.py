@@ -637,3 +637,24 @@ def test_a_loaded_posterior_gives_the_same_map(tmp_path):
         for p in (posterior, loaded)
     ]
     assert torch.equal(*maps)
+
+
+@pytest.mark.parametrize("sequential", [False, True])
+def test_directions_that_share_a_network_call(sequential):
+    """The same map but for rounding, and the same count."""
+    pipe, posterior = guided(torch.float64)
+    seen = []
+    handle = pipe.unet.register_forward_hook(lambda _, __, output: seen.append(len(output.sample)))
+    outputs = []
+    for together in (1, 3, 100):
+        seen.clear()
+        up = UncertaintyPipeline(
+            pipe, posterior, num_tangents=7, refresh=1, num_directions=5, directions_per_call=together
+        )
+        outputs.append(up(batch_size=2, generator=seeds(1, 2), num_inference_steps=4, sequential=sequential))
+        rows = 2 if sequential else 4
+        assert max(seen) == rows * min(together, 5)
+    handle.remove()
+    for out in outputs[1:]:
+        assert out.calls == outputs[0].calls
+        torch.testing.assert_close(out.variance, outputs[0].variance, rtol=1e-5, atol=0)

@@ -4,7 +4,7 @@
 
 Tangents with the response measured at every step along every draw are exact but for the linearisation. The same
 draws with fewer measurements are compared with them, so that no Monte Carlo noise is in the way: number of measurements
-R (evenly spaced or denser late), directions p, and Nyström's extension on or off.
+R, directions p in each, how much denser late, Nyström's extension on or off; for samplers with many steps and with few.
 """
 
 from __future__ import annotations
@@ -21,73 +21,77 @@ import bayesdiff
 from bayesdiff import propagate, response
 from experiments.common import agreement, command, record, results_folder, table
 
-#: steps: (R, p) pairs.
-PLANS = {20: ((6, 8), (10, 5), (10, 8), (16, 3)), 50: ((7, 14), (10, 10), (13, 10), (13, 8), (20, 5), (25, 4))}
-DENSITIES = (0.8, 1.0, 1.25, 1.5, 2.0)
+#: Scheduler and steps: (R, p) pairs.
+PLANS = {
+    ("ddim", 50): ((7, 8), (10, 6), (7, 16), (11, 11), (18, 7), (25, 5)),
+    ("dpm++", 25): ((6, 5), (10, 3), (6, 10), (8, 7), (12, 5)),
+    ("ddim", 10): ((3, 8), (5, 5), (9, 2)),
+}
+DENSITIES = (1.0, 1.25, 1.5, 2.0)
 
 
 def main(
-    samples: Annotated[int, typer.Option(help="Images, over all classes in turn.")] = 8,
-    draws: Annotated[int, typer.Option(help="K.")] = 24,
-    repeats: Annotated[int, typer.Option(help="Sets of weight draws.")] = 2,
+    samples: Annotated[int, typer.Option(help="Images, over all classes in turn.")] = 4,
+    draws: Annotated[int, typer.Option(help="K.")] = 48,
     seed: Annotated[int, typer.Option()] = 0,
     out: Annotated[Path | None, typer.Option(help="Folder of the results.")] = None,
 ) -> None:
     """Compare sparse measurements of the response with exact ones."""
     folder = results_folder("refresh_check", out)
-    pipe, data = bayesdiff.zoo.load("fashion-ddpm")
-    posterior = bayesdiff.fit(
-        pipe, data, dataset_size=data.dataset_size, generator=torch.Generator().manual_seed(seed), progress=False
-    )
-    classes = [data.class_names[i % 10] for i in range(samples)]
-
-    def run(steps: int, draw_seed: int, **kwargs: Any) -> bayesdiff.UncertaintyOutput:
-        up = bayesdiff.UncertaintyPipeline(
-            pipe, posterior, num_tangents=draws, generator=torch.Generator().manual_seed(draw_seed), **kwargs
-        )
-        generators = [torch.Generator().manual_seed(seed + i) for i in range(samples)]
-        return up(classes, num_inference_steps=steps, generator=generators, output_type="pt")
-
     rows: list[dict[str, Any]] = []
-    for steps, plans in PLANS.items():
-        seeds = [seed + 1000 * (i + 1) for i in range(repeats)]
-        exact = [run(steps, s, refresh=1, num_directions=draws).std for s in tqdm(seeds, desc=f"{steps} steps, exact")]
-        default = plans[2]
-        settings = [(r, p, propagate.DENSITY, True) for r, p in plans]
-        settings += [(*default, density, True) for density in DENSITIES if density != propagate.DENSITY]
-        settings += [(*default, propagate.DENSITY, False)]
-        for number, p, density, nystrom in tqdm(settings, desc=f"{steps} steps"):
+    for (scheduler, steps), pairs in PLANS.items():
+        pipe, data = bayesdiff.zoo.load("fashion-ddpm", scheduler=scheduler)
+        posterior = bayesdiff.fit(
+            pipe, data, dataset_size=data.dataset_size, generator=torch.Generator().manual_seed(seed), progress=False
+        )
+        classes = [data.class_names[3 * i % 10] for i in range(samples)]
+        up = bayesdiff.UncertaintyPipeline(
+            pipe, posterior, num_tangents=draws, generator=torch.Generator().manual_seed(seed + 1000)
+        )
+
+        def run(plan: tuple[list[int], int], up: Any, classes: list[str], steps: int) -> bayesdiff.UncertaintyOutput:
+            generators = [torch.Generator().manual_seed(seed + i) for i in range(samples)]
+            with mock.patch.object(propagate, "plan", return_value=plan):
+                return up(classes, num_inference_steps=steps, generator=generators, output_type="pt")
+
+        exact = run((list(range(1, steps)), draws), up, classes, steps).std
+        chosen = propagate.plan(steps, 2.5)
+        default = (len(chosen[0]), chosen[1])
+        settings: list[tuple[int, int, float | None, bool]] = [(r, p, None, True) for r, p in {*pairs, default}]
+        settings += [(*default, density, True) for density in DENSITIES] + [(*default, None, False)]
+        for number, p, density, nystrom in tqdm(sorted(settings, key=str), desc=f"{scheduler}, {steps} steps"):
+            shape = min(propagate.DENSITY, 1 + number / 20) if density is None else density
+            nodes = propagate.spread(list(range(1, steps)), number, shape)
             floor = response.EIGENVALUE_FLOOR if nystrom else float("inf")
-            with (
-                mock.patch.object(propagate, "DENSITY", density),
-                mock.patch.object(propagate, "LEAST_REFRESHES", number),
-                mock.patch.object(response, "EIGENVALUE_FLOOR", floor),
-            ):
-                outputs = [run(steps, s, refresh=steps, num_directions=p) for s in seeds]
-            found = [agreement(o.std, e) for o, e in zip(outputs, exact, strict=True)]
-            each = [agreement(o.std[i], e[i]) for o, e in zip(outputs, exact, strict=True) for i in range(samples)]
+            with mock.patch.object(response, "EIGENVALUE_FLOOR", floor):
+                output = run((nodes, p), up, classes, steps)
+            each = [agreement(output.std[i], exact[i]) for i in range(samples)]
             rows.append(
                 {
-                    "steps": steps, "R": number, "p": p, "density": density, "nystrom": nystrom,
-                    "calls_ratio": outputs[0].calls / outputs[0].plain_calls,
-                    **{k: sum(f[k] for f in found) / repeats for k in ("correlation", "ratio", "relative_l2")},
-                    "least_ratio": min(e["ratio"] for e in each), "largest_ratio": max(e["ratio"] for e in each),
+                    "scheduler": scheduler, "steps": steps, "R": len(nodes), "p": p, "density": shape, "nystrom": nystrom,
+                    "default": (number, p, density, nystrom) == (*default, None, True),
+                    "calls_ratio": output.calls / output.plain_calls, **agreement(output.std, exact),
                     "least_correlation": min(e["correlation"] for e in each),
+                    "least_ratio": min(e["ratio"] for e in each), "largest_ratio": max(e["ratio"] for e in each),
                 }
             )  # fmt: skip
     columns = {
-        "steps": "d", "R": "d", "p": "d", "density": "g", "nystrom": "", "calls_ratio": ".2f", "correlation": ".3f",
-        "ratio": ".3f", "relative_l2": ".3f", "least_correlation": ".3f", "least_ratio": ".2f", "largest_ratio": ".2f",
+        "scheduler": "", "steps": "d", "R": "d", "p": "d", "density": ".2f", "nystrom": "", "default": "",
+        "calls_ratio": ".2f", "correlation": ".3f", "ratio": ".2f", "relative_l2": ".2f", "least_correlation": ".3f",
+        "least_ratio": ".2f", "largest_ratio": ".2f",
     }  # fmt: skip
     print(table(rows, columns))
     record(
         folder,
         {
-            "samples": samples, "draws": draws, "repeats": repeats, "seed": seed, "model": "fashion-ddpm",
+            "samples": samples,
+            "draws": draws,
+            "seed": seed,
+            "model": "fashion-ddpm",
             "command": command("refresh_check"),
         },
         rows,
-    )  # fmt: skip
+    )
     print(f"Written to {folder}")
 
 

@@ -1,1 +1,0 @@
-"""Do tangents give the variance that whole trajectories with other weights have?"""
