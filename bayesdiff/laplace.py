@@ -31,6 +31,8 @@ from bayesdiff.predictive import closed_variance, monte_carlo
 from bayesdiff.structure import Covariance, build
 
 STRUCTURES = ("full", "diag")
+#: What of laplace-torch's settings has a meaning here.
+SETTINGS = ("sigma_noise", "prior_precision", "prior_mean", "temperature")
 #: Outputs of one sample, or weights, above which a dense covariance between them is refused.
 DENSE = 4096
 
@@ -45,11 +47,12 @@ class HeadLaplace(ParametricLaplace):
         model: The layer.
         likelihood: ``"regression"``.
         structure: ``"full"`` or ``"diag"``.
-        kwargs: ``sigma_noise``, ``prior_precision`` (one number), ``prior_mean``, ``temperature``, as in laplace-torch.
+        kwargs: :data:`SETTINGS`, as in laplace-torch; ``prior_precision`` is one number, here and whenever it is set.
 
     Raises:
         UnsupportedHeadError: The layer is of another kind.
-        ArgumentError: Another likelihood or structure.
+        ArgumentError: Another likelihood or structure; more than one prior precision; another of laplace-torch's arguments,
+            such as ``backend``, that would change nothing.
     """
 
     def __init__(
@@ -58,6 +61,12 @@ class HeadLaplace(ParametricLaplace):
         check_choice("likelihood", likelihood, ("regression",))
         self.structure = check_choice("structure", structure, STRUCTURES)
         self.geometry = HeadGeometry.of(model)
+        others = sorted(k for k, v in kwargs.items() if k not in SETTINGS and v is not None and v is not False)
+        if others:
+            raise ArgumentError(
+                f"expected no further arguments than {', '.join(SETTINGS)}, got {', '.join(others)}: the curvature is exact, "
+                "from the features alone, and has no backends; leave them out"
+            )
         if not all(p.requires_grad for p in model.parameters()):
             raise ArgumentError(
                 "expected a layer whose parameters all require gradients (laplace-torch leaves others out)"
@@ -65,12 +74,25 @@ class HeadLaplace(ParametricLaplace):
         super().__init__(model, likelihood, **kwargs)
         self._covariance: tuple[tuple[Any, ...], Covariance] | None = None
         self.loss, self.n_data = 0.0, 0
+        self.n_outputs: float = 0
 
     def _init_H(self) -> None:
         self.H: Tensor | None = None
 
+    @ParametricLaplace.prior_precision.setter
+    def prior_precision(self, prior_precision: float | Tensor) -> None:
+        if isinstance(prior_precision, Tensor) and prior_precision.numel() != 1:
+            raise ArgumentError(
+                f"expected one prior_precision for the whole head, got {prior_precision.numel()}: a prior by weight or by "
+                "layer would need another D × D matrix for every channel"
+            )
+        # laplace-torch's own setter, which also takes one number for each layer or weight.
+        ParametricLaplace.prior_precision.fset(self, prior_precision)
+
     def fit(self, train_loader: Any, override: bool = True, progress_bar: bool = False) -> None:
         """Sum over a loader of (features, targets), targets shaped as the layer's output.
+
+        Batches may differ in the size of their images: ``n_outputs`` is the mean over samples.
 
         Args:
             train_loader: The loader.
@@ -95,15 +117,17 @@ class HeadLaplace(ParametricLaplace):
                 raise ShapeError(f"expected targets {tuple(out.shape)}, as the layer's output, got {tuple(y.shape)}")
             self.geometry.add_gram(x, gram)
             loss += 0.5 * float((y - out).double().square().sum())
-            count, outputs = count + len(x), out[0].numel()
+            count, outputs = count + len(x), outputs + y.numel()
         if count == 0:
             raise EmptyDataError("expected at least one batch to fit to, got none")
         total = gram if self.structure == "full" else gram.diagonal().clone()
         self.mean = parameters_to_vector(self.params).detach()
         if before is not None:
+            outputs += round(self.n_data * self.n_outputs)
             total, loss, count = total + before, loss + self.loss, count + self.n_data
         self.H, self.loss, self.n_data = total, loss, count
-        self.n_outputs = outputs
+        # laplace-torch's likelihood has n_data · n_outputs Gaussian normalisers.
+        self.n_outputs = outputs / count if outputs % count else outputs // count
         self._covariance = None
 
     def _weight(self) -> Tensor:
@@ -122,10 +146,7 @@ class HeadLaplace(ParametricLaplace):
         return torch.cat([matrix[:, :, :n].flatten(1), matrix[:, :, n:].flatten(1)], dim=1)
 
     def _tau(self) -> Tensor:
-        tau = torch.as_tensor(self.prior_precision).detach().double().flatten()
-        if len(tau) != 1:
-            raise ArgumentError(f"expected one prior_precision for the whole head, got {len(tau)}")
-        return tau
+        return torch.as_tensor(self.prior_precision).detach().double().flatten()
 
     def _sigma(self) -> Covariance:
         """Σ for the present prior, noise and temperature, made once for each."""

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Generator, Tensor
 
+from bayesdiff.checks import ArgumentError, check_int
+
 
 def base_seed(generator: Generator | None) -> int:
     """One 63-bit seed drawn from ``generator`` (torch's default generator when None)."""
@@ -20,8 +22,29 @@ def base_seed(generator: Generator | None) -> int:
 
 
 def item_generator(base: int, *index: int) -> Generator:
-    """The generator of item ``index`` under the base seed; distinct items get independent streams."""
-    state = np.random.SeedSequence([base, *index]).generate_state(1, dtype=np.uint64)[0]
+    """The generator of item ``index`` under the base seed.
+
+    Under one base, indices of one length are independent streams. Of different lengths they need not be: NumPy pads what it
+    seeds from with zeros, so ``(i,)`` and ``(i, 0)`` are one stream. Published numbers depend on both, so they stay
+    so; use one length under one base. "Independent" is up to 32 bits, which is all that torch's CPU generator keeps of a seed:
+    two given items share a stream with probability 2⁻³², some two among 60,000 with probability 0.34.
+
+    Args:
+        base: The base seed, at least 0.
+        index: One or two numbers from 0 to 2³² − 1; a larger one would take two of NumPy's words, and be mistaken for two.
+
+    Raises:
+        ArgumentError: The base or the index is something else.
+    """
+    if len(index) not in (1, 2):
+        raise ArgumentError(
+            f"expected an index of one or two numbers, got {len(index)}: of other lengths it would alias one of these"
+        )
+    numbers = [check_int("an index", i, least=0) for i in index]
+    if max(numbers) >= 2**32:
+        raise ArgumentError(f"expected an index below 2**32, got {max(numbers)}: larger ones alias others")
+    words = [check_int("the base seed", base, least=0), *numbers]
+    state = np.random.SeedSequence(words).generate_state(1, dtype=np.uint64)[0]
     return Generator().manual_seed(int(state) & (2**63 - 1))
 
 

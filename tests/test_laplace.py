@@ -201,6 +201,69 @@ def test_errors():
         la(x[:, :1])
     with pytest.raises(ArgumentError, match="at most 4096 outputs"):
         la(torch.randn(1, 2, 64, 64), diagonal_output=False)
-    la.prior_precision = torch.ones(la.n_params)
-    with pytest.raises(ArgumentError, match="one prior_precision"):
-        la(x)
+
+
+@pytest.mark.parametrize("channels", [1, 2])
+def test_one_prior_precision(channels):
+    """One channel has as many weights as its Gram matrix eigenvalues, which are in another order: no evidence comes of it."""
+    layer = nn.Linear(4, channels)
+    x = torch.randn(20, 4, generator=torch.Generator().manual_seed(0))
+    la = HeadLaplace(layer, prior_precision=0.7)
+    la.fit([(x, layer(x).detach() + 0.1)])
+    evidence, variance = float(la.log_marginal_likelihood()), la(x)[1]
+    for several in (torch.arange(1.0, la.n_params + 1), torch.ones(2)):  # by weight; by layer, as laplace-torch counts
+        with pytest.raises(ArgumentError, match=f"one prior_precision for the whole head, got {len(several)}"):
+            la.log_marginal_likelihood(several)
+        with pytest.raises(ArgumentError, match="one prior_precision"):
+            la.prior_precision = several
+        with pytest.raises(ArgumentError, match="one prior_precision"):
+            HeadLaplace(layer, prior_precision=several)
+    assert float(la.log_marginal_likelihood()) == evidence  # what was refused has left no trace
+    for one in (0.7, torch.tensor(0.7), torch.tensor([0.7])):
+        la.prior_precision = one
+        assert torch.equal(la(x)[1], variance)
+
+
+def test_images_of_mixed_sizes():
+    """Every pixel has a Gaussian normaliser, in whatever order the sizes come."""
+    torch.manual_seed(0)
+    layer, sigma = nn.Conv2d(2, 3, 3, padding=1), 0.3
+    batches = []
+    for count, size in ((4, (5, 4)), (3, (2, 7)), (2, (6, 6))):
+        x = torch.randn(count, 2, *size)
+        out = layer(x).detach()
+        batches.append((x, out + sigma * torch.randn_like(out)))
+    noise = torch.distributions.Normal(0.0, sigma)
+    expected = sum(float(noise.log_prob((y - layer(x)).detach().double()).sum()) for x, y in batches)
+    evidence = []
+    for order in (batches, batches[::-1]):
+        whole, parts, loaded = (HeadLaplace(layer, sigma_noise=sigma) for _ in range(3))
+        whole.fit(order)
+        parts.fit(order[:2])
+        parts.fit(order[2:], override=False)
+        loaded.load_state_dict(whole.state_dict())
+        for la in (whole, parts, loaded):
+            assert float(la.log_likelihood) == pytest.approx(expected, rel=1e-5)
+            evidence.append(float(la.log_marginal_likelihood()))
+    assert evidence == pytest.approx([evidence[0]] * 6, rel=1e-6)
+    whole.fit(batches[:1])
+    assert whole.n_outputs == 3 * 5 * 4
+    assert isinstance(whole.n_outputs, int)
+
+
+@pytest.mark.parametrize(
+    "argument",
+    [
+        {"backend": BackPackGGN},
+        {"backend_kwargs": {"stochastic": True}},
+        {"asdl_fisher_kwargs": {}},
+        {"enable_backprop": True},
+        {"dict_key_x": "features"},
+    ],
+    ids=lambda a: next(iter(a)),
+)
+def test_what_would_be_ignored_is_refused(argument):
+    layer, _, _ = problem("conv")
+    with pytest.raises(ArgumentError, match=f"got {next(iter(argument))}: .* leave them out"):
+        HeadLaplace(layer, sigma_noise=0.5, **argument)
+    HeadLaplace(layer, backend=None, enable_backprop=False, temperature=2.0)

@@ -1,0 +1,1 @@
+"""How does uncertainty change on the way from one noise to another?"""
