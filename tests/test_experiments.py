@@ -11,6 +11,7 @@ import bayesdiff
 from bayesdiff.io import environment
 from experiments.common import agreement, record, results_folder, table
 from experiments.fit_overhead import __main__ as fit_overhead
+from experiments.guidance_check import __main__ as guidance_check
 from experiments.mc_vs_analytic import __main__ as mc_vs_analytic
 from experiments.mc_vs_analytic.heads import Shape, fitted
 from experiments.posterior_check import __main__ as posterior_check
@@ -133,3 +134,12 @@ def test_subsets_of_an_ensemble():
     maps = propagation.subsets(output, 4)
     torch.testing.assert_close(maps[1], members[4:].std(0).float())
     assert len(propagation.subsets(output, 3)) == 2
+
+
+def test_guidance_check(tmp_path):
+    guidance_check.main(draws=400, samples=1, steps=2, out=tmp_path)
+    rows = json.loads((tmp_path / "results.json").read_text())["results"]
+    assert [r["s"] for r in rows] == [s for s in guidance_check.SCALES for _ in range(2)]
+    assert all(abs(r["closed_over_brute"] - 1) < 0.15 for r in rows)  # one sample's draws err together
+    assert all(r["correlation"] > 0.97 for r in rows)
+    assert all(r["independent_over_brute"] > 10 for r in rows if r["s"] >= 7.5)

@@ -1,0 +1,1 @@
+"""The variance of one guided step, against weight draws and against branches taken as independent."""
