@@ -16,8 +16,12 @@ from __future__ import annotations
 
 import copy
 import inspect
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 import torch.autograd.forward_ad as fwad
 from torch import Tensor
@@ -30,6 +34,18 @@ def copy_scheduler(scheduler: Any) -> Any:
     clone = copy.copy(scheduler)
     clone.__dict__ = {k: v for k, v in scheduler.__dict__.items() if k != "step"}
     return copy.deepcopy(clone)
+
+
+@contextmanager
+def forked_rng(device: torch.device) -> Iterator[None]:
+    """Whatever is drawn inside from a global generator (PyTorch's, numpy's, Python's), these stay where they were."""
+    legacy, builtin = np.random.get_state(), random.getstate()  # noqa: NPY002
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            yield
+    finally:
+        np.random.set_state(legacy)  # noqa: NPY002
+        random.setstate(builtin)
 
 
 class LinearizedScheduler:
@@ -84,16 +100,17 @@ class LinearizedScheduler:
             # Noise has no tangent; whatever is drawn here must not move the caller's generator.
             call["generator"] = torch.Generator(sample.device).manual_seed(0)
         if call.get("variance_noise") is not None:
-            del call["generator"]
+            call.pop("generator", None)
         try:
-            # Some schedulers draw from torch's global generator; that, too, must stay where it is.
-            devices = [sample.device] if sample.is_cuda else []
-            with torch.random.fork_rng(devices), torch.inference_mode(False), torch.no_grad():
+            # Some schedulers draw from a global generator; that, too, must stay where it is.
+            with forked_rng(sample.device), torch.inference_mode(False), torch.no_grad():
                 g = fwad.make_dual(rows(output), d_output.detach().double().flatten(0, 1).clone())
                 x = fwad.make_dual(rows(sample), d_sample.detach().double().flatten(0, 1).clone())
                 result = self.scheduler.step(g, timestep, x, **call)
                 prev = result[0] if isinstance(result, tuple) else result.prev_sample
                 tangent = fwad.unpack_dual(prev).tangent
+        except torch.OutOfMemoryError:  # a RuntimeError that says nothing of the scheduler
+            raise
         except (NotImplementedError, RuntimeError, AttributeError, TypeError) as error:
             raise UnsupportedSchedulerError(
                 f"expected a scheduler whose step can be differentiated, got {type(self.scheduler).__name__}: {error}"

@@ -109,7 +109,10 @@ def sampling_coefficients(scheduler: Any, t: Tensor, input_scale: float) -> tupl
 
     Samplers in the variance-exploding convention (Euler, Heun, LMS, …) carry :math:`x = x_0 + \tilde\sigma\varepsilon`
     and show the network :math:`c\,x` with :math:`c = 1/\sqrt{1+\tilde\sigma^2}`; the others carry
-    :math:`x_t` itself, c = 1. So the measured c tells which it is.
+    :math:`x_t` itself, c = 1. So the measured c tells which it is. The same holds with :math:`\sigma_d` for 1 where
+    the scheduler preconditions (Karras et al. 2022, Table 1): :math:`a = \sigma_d^2c^2`,
+    :math:`b = \pm\sigma_d\tilde\sigma c`, minus for ``v_prediction``, and so for VE samplers of v-networks
+    (:math:`\sigma_d = 1`).
 
     Args:
         scheduler: The sampler.
@@ -120,12 +123,26 @@ def sampling_coefficients(scheduler: Any, t: Tensor, input_scale: float) -> tupl
         The two numbers, or None where the schedule is of another kind.
     """
     prediction = prediction_type(scheduler)
+    sigma_data = getattr(scheduler.config, "sigma_data", None)
+    if sigma_data is not None:
+        sign = {"epsilon": 1.0, "v_prediction": -1.0}.get(prediction)
+        return None if sign is None else _preconditioning(float(sigma_data), input_scale, sign)
     try:
         alpha, sigma = (float(v) for v in alpha_sigma(scheduler, t))
     except UnsupportedSchedulerError:
         return None
     if abs(input_scale - 1) < 1e-6:
         return None if alpha < 1e-6 and prediction == "epsilon" else clean_coefficients(prediction, alpha, sigma)
-    if not 0 < input_scale < 1 or prediction not in ("epsilon", "sample"):
+    if not 0 < input_scale < 1 or prediction == "flow":
         return None
+    if prediction == "v_prediction":
+        return _preconditioning(1.0, input_scale, -1.0)
     return clean_coefficients(prediction, 1.0, (1 / input_scale**2 - 1) ** 0.5)
+
+
+def _preconditioning(sigma_data: float, c: float, sign: float) -> tuple[float, float] | None:
+    r"""(a, b) of :math:`x_0 = c_{skip}\,x + c_{out}\,g`, from :math:`c = 1/\sqrt{\sigma_d^2+\tilde\sigma^2}`."""
+    if not 0 < c * sigma_data < 1:
+        return None
+    sigma = (1 / c**2 - sigma_data**2) ** 0.5
+    return (sigma_data * c) ** 2, sign * sigma_data * sigma * c

@@ -185,11 +185,13 @@ class UncertaintyPipeline:
                 f"expected a pixel-space pipeline, got {type(pipe).__name__}, which decodes latents: upsampling a latent "
                 "variance would be wrong, and tangents are not carried through a decoder yet"
             )
+        self._probed: set[str] = set()
         self.head = posterior.check(pipe, head)
         check_eval(self.network)
         generator = item_generator(0, 1) if generator is None else generator
         self._seed = base_seed(generator) if redraw or propagation.startswith("bayesdiff") else 0
-        self.deviations = posterior.deviations(self.num_tangents, generator)
+        # Only the second moments of tangents count, so their draws may be orthogonal; an ensemble's are independent.
+        self.deviations = posterior.deviations(self.num_tangents, generator, orthogonal=propagation == "tangents")
 
     def __call__(self, *args: Any, **kwargs: Any) -> UncertaintyOutput:
         """Run the pipe with its own arguments.
@@ -217,7 +219,7 @@ class UncertaintyPipeline:
                 check_schedule(scheduler)
                 if ensemble is None:
                     first = first_index(scheduler, step.timestep)
-                    check_affine(scheduler, first, step.sample.shape[1], step.arguments, step.sample.device)
+                    self._probe(scheduler, first, step)
                     propagator = self._propagator(scheduler, len(scheduler.timesteps) - first)
                     stack.enter_context(propagator)
 
@@ -243,6 +245,16 @@ class UncertaintyPipeline:
             )
             calls += ensemble.calls
         return self._output(output, result, samples, steps, calls, watch.own_calls)
+
+    def _probe(self, scheduler: Any, first: int, step: Step) -> None:
+        """:func:`bayesdiff.probe.check_affine`, once for each setting of the sampler."""
+        plain = {k: v for k, v in step.arguments.items() if isinstance(v, (int, float, str))}
+        setting = str(
+            (type(scheduler), dict(scheduler.config), torch.as_tensor(scheduler.timesteps).tolist(), first, plain)
+        )
+        if setting not in self._probed:
+            check_affine(scheduler, first, step.sample.shape[1], step.arguments, step.sample.device)
+            self._probed.add(setting)
 
     def _member(self, on_sample: Callable[[Tensor], None]) -> Watch:
         return Watch(self.pipe, self.network, self.head, batch_invariant=self.batch_invariant, on_sample=on_sample)

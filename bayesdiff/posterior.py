@@ -341,13 +341,21 @@ class LaplacePosterior:
             return push_deviations(chosen, output, away)
         return chosen.moments(Gaussian(output, self.variance(features)), link_approx)
 
-    def deviations(self, n: int, generator: Generator | None = None) -> Tensor:
+    def deviations(self, n: int, generator: Generator | None = None, *, orthogonal: bool = False) -> Tensor:
         r"""n draws of :math:`\delta W \sim \mathcal N(0, \Sigma)`: ``(n, C, D)`` float64, on the CPU.
 
         Where Σ has covariances between output channels, the draws have them too.
+
+        Args:
+            n: How many.
+            generator: Of the draws.
+            orthogonal: Make them from orthogonal numbers (:func:`bayesdiff.rng.orthogonal_normal`): each still has mean 0 and
+                covariance Σ, and the mean square of anything linear in δW has less noise. With n as large as the rank of Σ (C·D,
+                or the number of images) it has none, but for ``"lowrank"`` and a full ``"ef"``. Such draws are not independent,
+                so they are not for the moments of what is not linear.
         """
         check_int("n", n, least=1)
-        return self._sigma.draw(n, generator) * math.sqrt(self.temperature)
+        return self._sigma.draw(n, generator, orthogonal) * math.sqrt(self.temperature)
 
     def sample(self, n: int, generator: Generator | None = None) -> Tensor:
         """n draws of the head's weights, bias as the last column: ``(n, C, D)`` float64, on the CPU."""

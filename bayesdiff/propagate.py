@@ -12,7 +12,11 @@ so the stiff part δx/σ_t of an ε-network's own response stays exact, as in an
 
 Two passes. The first walks beside the running pipeline and measures, at p directions of its own deviations; between
 measurements it extrapolates from the last two. When the trajectory is known, the second takes the same linear recursion
-again with responses *interpolated* over the step index. It needs no network call.
+again, each response extended by what all measurements know, and *interpolated* over the step index. It needs no
+network call.
+
+Draws that are orthogonal (:func:`bayesdiff.rng.orthogonal_normal`) leave less noise in the mean square; as many as Σ has
+dimensions leave none.
 
 Whole trajectories with other weights (:mod:`bayesdiff.ensemble`) are what this approximates; the published recursion for
 variances alone is in :mod:`bayesdiff.recursion`.
@@ -23,6 +27,7 @@ from __future__ import annotations
 import bisect
 import math
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Any
 
 import numpy as np
@@ -33,12 +38,12 @@ from bayesdiff.checks import NonFiniteError
 from bayesdiff.head import HeadGeometry
 from bayesdiff.linearized_scheduler import LinearizedScheduler
 from bayesdiff.parametrization import sampling_coefficients
-from bayesdiff.response import Directions, Response
+from bayesdiff.response import Directions, Response, smoothed
 from bayesdiff.rng import item_generator
 from bayesdiff.step import Step
 from bayesdiff.watch import GuidedNetwork
 
-#: Steps between measurements shrink towards the end, where deviations grow: n ∝ 1 − (1 − u)^d, u even, d at most this.
+#: d: steps between measurements shrink towards the end, where deviations grow, n ∝ 1 − (1 − u)^d for even u.
 DENSITY = 1.5
 #: By default there is a measurement in every so many steps at least.
 WIDEST = 5
@@ -76,7 +81,7 @@ def plan(
     r"""At which steps to measure the response, and along how many directions.
 
     A budget of B = ``extra_calls`` × steps is spent evenly, R ≈ p ≈ √B, but R no less than a fifth of the steps, and
-    all of them where they are five or fewer and p = 3 can be had.
+    all of them where they are five or fewer and p = 3 can be had. R is one more where that wastes less of B.
 
     Args:
         num_steps: N, calls of the scheduler's step.
@@ -100,8 +105,9 @@ def plan(
         number = last
     else:
         number = max(round(budget**0.5), math.ceil(last / WIDEST), 1)
+        number = max(number, number + 1, key=lambda r: r * int(budget / r))
     number = min(number, last)
-    steps = spread(places, number, min(DENSITY, 1 + number / 20))
+    steps = spread(places, number, DENSITY)
     if refresh == 1:
         steps = list(range(1, num_steps))
     return steps, num_directions or max(1, int(budget / len(steps)))
@@ -140,7 +146,10 @@ class Tangents:
         self.refreshed, self.num_directions = plan(num_steps, extra_calls, refresh, num_directions, stages)
         self._linearized = LinearizedScheduler(scheduler, len(deviations))
         self._again = LinearizedScheduler(scheduler, len(deviations))  # for the second pass
-        self._responses: dict[int, list[Response]] = {}  # by step; one for each group of samples
+        # By step, one for each group of samples.
+        self._measured: dict[int, list[tuple[Directions, Tensor]]] = {}
+        self._responses: dict[int, list[Response]] = {}
+        self._last: list[Tensor] | None = None  # what the last measurement knows
         self._steps: list[Step] = []
         self._delta: Tensor | None = None  # δx, (K, B, C, H, W)
         self._variances: list[Tensor] = []
@@ -156,7 +165,10 @@ class Tangents:
         """The first pass, through one step."""
         due = step.index in self.refreshed or not self._responses  # a run may be longer than planned
         if due and self._delta is not None:
-            self._responses[step.index] = self._measure(step, self._delta, network)
+            self._measured[step.index] = measured = self._measure(step, self._delta, network)
+            fitted = [Response.fit(*m, e) for m, e in zip(measured, self._last or repeat(None), strict=False)]
+            self._last = [r.extension for r in fitted]
+            self._responses[step.index] = [r.to(working_dtype(step.sample)) for r in fitted]
         step = step.kept()
         self._steps.append(step)
         weights = _line(list(self._responses)[-2:], step.index)
@@ -173,9 +185,10 @@ class Tangents:
             raise NonFiniteError("expected at least one step of the sampler, got none")
         delta: Tensor | None = self._delta
         nodes = list(self._responses)
-        if (
-            1 < len(nodes) < max(step.index for step in self._steps)
-        ):  # else the first pass was exact, or there is nothing to interpolate
+        everywhere = len(nodes) == max(step.index for step in self._steps)
+        exact = everywhere and not any(chosen.probe for groups in self._measured.values() for chosen, _ in groups)
+        if len(nodes) > 1 and not exact:
+            self._smooth()
             delta = None
             self._variances.clear()
             for step in self._steps:
@@ -191,6 +204,13 @@ class Tangents:
             delta / len(delta) ** 0.5 if factors else None,
         )  # fmt: skip
 
+    def _smooth(self) -> None:
+        """Let every measurement know of all others."""
+        nodes, dtype = list(self._responses), working_dtype(self._steps[0].sample)
+        for group, measured in enumerate(zip(*self._measured.values(), strict=True)):
+            for n, response in zip(nodes, smoothed(measured), strict=True):
+                self._responses[n][group] = response.to(dtype)
+
     def _groups(self, batch: int) -> list[slice]:
         """The samples that are worked on together: all, or each by itself."""
         return [slice(b, b + 1) for b in range(batch)] if self.batch_invariant else [slice(0, batch)]
@@ -204,7 +224,8 @@ class Tangents:
         both = torch.tensor(pairs, dtype=torch.float64, device=step.sample.device)
         return both[:, 0].view(-1, 1, 1), both[:, 1].view(-1, 1, 1)
 
-    def _measure(self, step: Step, delta: Tensor, network: GuidedNetwork) -> list[Response]:
+    def _measure(self, step: Step, delta: Tensor, network: GuidedNetwork) -> list[tuple[Directions, Tensor]]:
+        """Directions and the denoiser's Jδ along them, for each group."""
         a, b = self._coefficients(step)
         rows, shape = _rows(delta), step.sample.shape
         groups = self._groups(shape[0])
@@ -217,7 +238,7 @@ class Tangents:
             responses = network.derivatives([v.view(shape) for v in some])
             images += [a[:, 0] * v + b[:, 0] * r.to(v).flatten(1) for v, r in zip(some, responses, strict=True)]
         stacked = torch.stack(images, dim=1)
-        return [Response.fit(c, stacked[g]).to(working_dtype(step.sample)) for c, g in zip(chosen, groups, strict=True)]
+        return [(c, stacked[g]) for c, g in zip(chosen, groups, strict=True)]
 
     def _through(
         self, linearized: LinearizedScheduler, step: Step, delta: Tensor | None, weights: dict[int, float]

@@ -6,18 +6,25 @@ and for an exact denoiser it is symmetric and positive, :math:`J = \alpha\,\math
 identity of second order; Efron 2011). So p calls, along p orthonormal directions V, give the response to any number of
 draws:
 
-    Y = (J − γI)V                            p calls
-    J δ ≈ γδ + Y c + Y M⁺ Yᵀ ρ               c = Vᵀδ,  ρ = δ − Vc,  M = sym(VᵀY)
+    Y = (J − γI)V                                p calls
+    J δ ≈ γδ + Y c + (Y M⁺ Yᵀ + S) ρ             c = Vᵀδ,  ρ = δ − Vc,  M = sym(VᵀY)
 
-The first two terms are exact within span(V). The last is Nyström's extension to what lies outside
-(Williams & Seeger 2001), of the part of J that exceeds its isotropic part γ. A network's J is symmetric only
-to 5–20 %, so an eigenvalue m of M with eigenvector q can be small by chance, and 1/m large. For a positive matrix
-m ≥ ‖Yq‖²/λ_max; with ‖Y‖ for λ_max, that bound takes the place of m where m is less.
+The first two terms are exact within span(V). What lies outside is extended to. Y M⁺ Yᵀ is Nyström's extension (Williams & Seeger
+2001) of the part of J that exceeds its isotropic part γ. A network's J is symmetric only to 10–30 %, so an eigenvalue m of M
+with eigenvector q can be small by chance, and 1/m large. For a positive matrix m ≥ ‖Yq‖²/λ_max; with ‖Y‖ for λ_max, that
+bound takes the place of m where m is less.
+
+S is what measurements at other steps of the same trajectory say. J changes slowly: its leading directions hardly turn
+from one step to the next. Let B = EᵀE be the symmetric part found there, scaled down where it exceeds what V shows of J.
+What V has measured of it must not count twice, so it enters by its Schur complement (a Gaussian's covariance given the
+values along V),
+
+    S = Eᵀ(I − F(FᵀF + μI)⁻¹Fᵀ)E,  F = EV,       J = B gives Y M⁺ Yᵀ + S = B for any V (μ → 0).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +32,12 @@ from torch import Tensor
 
 #: Eigenvalues of M below this share of the largest are left out of M⁺.
 EIGENVALUE_FLOOR = 0.01
+#: μ, in the largest eigenvalue of B.
+REGULARIZATION = 0.05
+#: Weights of B from the measurements before and after one.
+BEFORE, AFTER = 0.7, 0.3
+#: The symmetric part is kept with so many rows for each direction; more change nothing.
+ROWS_PER_DIRECTION = 2
 
 
 @dataclass(frozen=True)
@@ -34,7 +47,7 @@ class Response:
     Args:
         directions: V, ``(B, p, P)``, orthonormal rows.
         excess: Y, ``(B, p, P)``.
-        extension: M^{-1/2}Yᵀ, ``(B, p, P)``.
+        extension: E with EᵀE = Y M⁺ Yᵀ + S, ``(B, r, P)``.
         gain: γ, ``(B, 1, 1)``.
     """
 
@@ -65,13 +78,24 @@ class Response:
         return cls.fit(chosen, torch.stack([jacobian(v) for v in chosen.shifts()], dim=1))
 
     @classmethod
-    def fit(cls, chosen: Directions, images: Tensor) -> Response:
-        """From Jδ along the chosen directions, at their length: ``(B, p, P)`` float64."""
+    def fit(cls, chosen: Directions, images: Tensor, known: Tensor | None = None) -> Response:
+        """From Jδ along the chosen directions.
+
+        Args:
+            chosen: V, and the length of δ.
+            images: ``(B, p, P)`` float64.
+            known: E of measurements at other steps, ``(B, r, P)``, if there are any.
+        """
         directions, probe = chosen.directions, chosen.probe
         images = images / chosen.safe.unsqueeze(1)
         gain = torch.zeros_like(chosen.length).unsqueeze(1)
+        if known is not None:
+            known = _no_larger(known, directions[:, : -1 if probe else None], images)
         if probe:
             gain = (directions[:, -1:] * images[:, -1:]).sum(2, keepdim=True)
+            if known is not None:  # what is known of this direction is not isotropic
+                seen = (known @ directions[:, -1:].mT).square().sum((1, 2)).view(-1, 1, 1)
+                gain = gain - torch.minimum(seen, gain.clamp(min=0))
         excess = images - gain * directions
         within = directions @ excess.mT
         values, vectors = torch.linalg.eigh((within + within.mT) / 2)
@@ -80,6 +104,8 @@ class Response:
         least = rotated.square().sum(2) / torch.linalg.matrix_norm(excess, ord=2).unsqueeze(1)
         scale = torch.where(kept, torch.maximum(values, least).where(kept, torch.ones_like(values)).rsqrt(), 0.0)
         extension = scale.unsqueeze(2) * rotated
+        if known is not None:
+            extension = _leading(torch.cat([extension, _complement(known, directions)], dim=1), len(directions[0]))
         return cls(directions, excess, extension, gain)
 
     def to(self, dtype: torch.dtype) -> Response:
@@ -123,6 +149,59 @@ class Directions:
     def shifts(self) -> list[Tensor]:
         """What to move the sample by, ``(B, P)`` for each call."""
         return [v * self.length for v in self.directions.unbind(1)]
+
+
+def smoothed(measured: Sequence[tuple[Directions, Tensor]]) -> list[Response]:
+    """The responses at R places of one trajectory, in their order, each extended by what all others know.
+
+    Once from the first to the last, once from the last to the first, and then each with its neighbour in both.
+
+    Args:
+        measured: Directions and Jδ of each, as :meth:`Response.fit` takes them.
+    """
+    forward, backward = _chain(measured), _chain(measured[::-1])[::-1]
+    out = []
+    for n, (chosen, images) in enumerate(measured):
+        known = [BEFORE**0.5 * forward[n - 1]] if n else []
+        if n + 1 < len(measured):
+            known.append(AFTER**0.5 * backward[n + 1])
+        out.append(Response.fit(chosen, images, torch.cat(known, dim=1) if known else None))
+    return out
+
+
+def _chain(measured: Sequence[tuple[Directions, Tensor]]) -> list[Tensor]:
+    """E at each place, from those before it."""
+    out: list[Tensor] = []
+    for chosen, images in measured:
+        out.append(Response.fit(chosen, images, out[-1] if out else None).extension)
+    return out
+
+
+def _no_larger(known: Tensor, directions: Tensor, images: Tensor) -> Tensor:
+    """E scaled down so that tr(VᵀEᵀEV) is no larger than tr(VᵀJV); 0 if there is no direction to compare along."""
+    measured = (directions * images[:, : directions.shape[1]]).sum((1, 2))
+    found = (known @ directions.mT).square().sum((1, 2))
+    share = torch.where(found > measured, measured.clamp(min=0) / torch.where(found > 0, found, 1.0), 1.0)
+    if directions.shape[1] == 0:
+        share = torch.zeros_like(share)
+    return share.sqrt().view(-1, 1, 1) * known
+
+
+def _complement(known: Tensor, directions: Tensor) -> Tensor:
+    """A root of the Schur complement S, ``(B, r, P)``."""
+    left, values, _ = torch.linalg.svd(known @ directions.mT, full_matrices=False)  # F
+    floor = REGULARIZATION * torch.linalg.eigvalsh(known @ known.mT)[:, -1:].clamp(min=0)
+    total = values.square() + floor
+    left_over = torch.where(total > 0, floor / torch.where(total > 0, total, 1.0), 1.0).sqrt()
+    return known - left @ ((1 - left_over).unsqueeze(2) * (left.mT @ known))
+
+
+def _leading(rows: Tensor, number: int) -> Tensor:
+    """Fewer rows E with nearly the same EᵀE, its leading part."""
+    kept = ROWS_PER_DIRECTION * number
+    if rows.shape[1] <= kept:
+        return rows
+    return torch.linalg.eigh(rows @ rows.mT).eigenvectors[:, :, -kept:].mT @ rows
 
 
 def _principal(deltas: Tensor, number: int) -> Tensor:

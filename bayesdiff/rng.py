@@ -52,3 +52,28 @@ def normal(shape: tuple[int, ...], generator: Generator | None, dtype: torch.dty
     """Standard normal numbers on the CPU, from a generator on any device."""
     device = "cpu" if generator is None else generator.device
     return torch.randn(shape, generator=generator, dtype=dtype, device=device).cpu()
+
+
+def orthogonal_normal(shape: tuple[int, ...], generator: Generator | None) -> Tensor:
+    r"""Standard normal numbers whose rows are made orthogonal: the same second moments, with less noise in their mean.
+
+    n rows of m numbers, m ≥ n, are √m times orthonormal rows that are distributed uniformly (Haar). For any a of length
+    1 the mean of :math:`(a^\top z_k)^2` over n of them is 1 on average, with the variance
+    :math:`2(m-n)/(n(m+2))` instead of 2/n: 0 for n = m, where the mean is exact. More rows than m come in blocks of m,
+    independent of each other. (Yu et al. 2016, who give the rows random lengths; Mezzadri 2007 for the uniform
+    distribution.)
+
+    Args:
+        shape: (n, …); a row is everything behind the first dimension.
+        generator: Of as many numbers as :func:`normal` would draw.
+
+    Returns:
+        Float64, on the CPU.
+    """
+    rows = normal(shape, generator).flatten(1)
+    blocks = []
+    for block in rows.split(max(1, rows.shape[1])):
+        q, r = torch.linalg.qr(block.T)
+        signs = r.diagonal().sign()
+        blocks.append(rows.shape[1] ** 0.5 * (q * torch.where(signs == 0, 1.0, signs)).T)
+    return torch.cat(blocks).view(shape)

@@ -28,13 +28,15 @@ import torch
 from torch import Generator, Tensor
 
 from bayesdiff.checks import ArgumentError, NotPositiveDefiniteError
-from bayesdiff.rng import normal
+from bayesdiff.rng import normal, orthogonal_normal
 
 STRUCTURES = ("full", "kron", "diag", "lowrank")
 COVARIANCES = ("sandwich", "ggn", "ef")
 KRON_ITERATIONS = 30
 #: The share of the mean predictive variance that a low-rank covariance leaves to its diagonal, unless a rank is given.
 TOLERANCE = 0.01
+#: Makes standard normal numbers of a shape; the first dimension is that of the draws.
+Noise = Callable[[tuple[int, ...]], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +47,8 @@ class Covariance:
         rows: R, ``(1 or C, rows, D)``; one for all channels, or one for each. None: there is only the diagonal.
         scales: v ≥ 0, ``(C, rows)``; None is 1.
         diagonal: d ≥ 0, ``(1 or C, D)``; None is 0.
-        draw: ``(n, generator)`` to n draws of δW ~ N(0, Σ), ``(n, C, D)`` float64.
+        transform: n and a source of standard normal numbers to n draws of δW ~ N(0, Σ), ``(n, C, D)`` float64; linear in the
+            numbers.
         approximation_error: For ``kron`` the relative Frobenius distance to the matrix of gradients; for ``lowrank`` the
             share of the mean predictive variance that the diagonal carries; 0 for the others.
     """
@@ -53,8 +56,13 @@ class Covariance:
     rows: Tensor | None
     scales: Tensor | None
     diagonal: Tensor | None
-    draw: Callable[[int, Generator | None], Tensor]
+    transform: Callable[[int, Noise], Tensor]
     approximation_error: float = 0.0
+
+    def draw(self, n: int, generator: Generator | None = None, orthogonal: bool = False) -> Tensor:
+        """n draws of δW, ``(n, C, D)`` float64; see :meth:`bayesdiff.LaplacePosterior.deviations`."""
+        source = orthogonal_normal if orthogonal else normal
+        return self.transform(n, lambda shape: source(shape, generator))
 
 
 def build(
@@ -150,8 +158,8 @@ def _diag(covariance: str, precision: Tensor, scores: Tensor, prior: Tensor) -> 
         inverse = 1 / (precision + prior[:, None])
         variances = inverse if covariance == "ggn" else squares * inverse.square()
 
-    def draw(n: int, generator: Generator | None) -> Tensor:
-        return normal((n, *variances.shape), generator) * variances.sqrt()
+    def draw(n: int, noise: Noise) -> Tensor:
+        return noise((n, *variances.shape)) * variances.sqrt()
 
     same = bool((variances == variances[:1]).all())
     return Covariance(None, None, variances[:1] if same else variances, draw)
@@ -160,10 +168,8 @@ def _diag(covariance: str, precision: Tensor, scores: Tensor, prior: Tensor) -> 
 def _channelwise(factors: Tensor, channels: int) -> Covariance:
     """Independent channels with Σ_c = F_cᵀF_c; factors ``(1 or C, R, D)``."""
 
-    def draw(n: int, generator: Generator | None) -> Tensor:
-        return torch.einsum(
-            "ncr,crd->ncd", normal((n, channels, factors.shape[1]), generator), _each(factors, channels)
-        )
+    def draw(n: int, noise: Noise) -> Tensor:
+        return torch.einsum("ncr,crd->ncd", noise((n, channels, factors.shape[1])), _each(factors, channels))
 
     return Covariance(factors, None, None, draw)
 
@@ -174,8 +180,8 @@ def _joint(root: Tensor) -> Covariance:
     if rows.shape[1] > rows.shape[2]:
         rows = torch.linalg.qr(rows, mode="r").R
 
-    def draw(n: int, generator: Generator | None) -> Tensor:
-        return (normal((n, len(root)), generator) @ root.flatten(1)).unflatten(1, root.shape[1:])
+    def draw(n: int, noise: Noise) -> Tensor:
+        return (noise((n, len(root))) @ root.flatten(1)).unflatten(1, root.shape[1:])
 
     return Covariance(rows.contiguous(), None, None, draw)
 
@@ -184,8 +190,8 @@ def _product(rows: Tensor, channels: Tensor, error: float) -> Covariance:
     """Σ = B ⊗ RᵀR."""
     mix = _root(channels).T
 
-    def draw(n: int, generator: Generator | None) -> Tensor:
-        return mix @ (normal((n, len(channels), len(rows)), generator) @ rows)
+    def draw(n: int, noise: Noise) -> Tensor:
+        return mix @ (noise((n, len(channels), len(rows))) @ rows)
 
     scales = channels.diagonal()[:, None].expand(-1, len(rows)).contiguous()
     return Covariance(rows[None], scales, None, draw, error)
@@ -198,8 +204,8 @@ def _spectral(channels: Tensor, features: Tensor, tau: float, error: float) -> C
     # Both are positive semidefinite; below 0 only by rounding.
     inverse = 1 / (lambda_c.clamp(min=0)[:, None] * lambda_d.clamp(min=0) + tau)
 
-    def draw(n: int, generator: Generator | None) -> Tensor:
-        return q_c @ (normal((n, *inverse.shape), generator) * inverse.sqrt()) @ q_d.T
+    def draw(n: int, noise: Noise) -> Tensor:
+        return q_c @ (noise((n, *inverse.shape)) * inverse.sqrt()) @ q_d.T
 
     return Covariance(q_d.T[None].contiguous(), q_c.square() @ inverse, None, draw, error)
 
@@ -228,10 +234,10 @@ class _Fisher:
         b = self.half[:, part]
         return (torch.eye(d, dtype=b.dtype, device=b.device) - b.T @ b) / self.tau
 
-    def draw(self, n: int, generator: Generator | None) -> Tensor:
+    def draw(self, n: int, noise: Noise) -> Tensor:
         """Σ(Gᵀz + √τ z') has the covariance Σ(GᵀG + τI)Σ = Σ."""
         g = self.scores.flatten(1)
-        z = normal((n, len(g)), generator) @ g + self.tau**0.5 * normal((n, g.shape[1]), generator)
+        z = noise((n, len(g))) @ g + self.tau**0.5 * noise((n, g.shape[1]))
         out = z @ self.dense if self.dense is not None else (z - (z @ self.half.T) @ self.half) / self.tau
         return out.unflatten(1, self.scores.shape[1:])
 
@@ -266,8 +272,8 @@ def _lowrank(factors: Tensor, channels: int, metric: Tensor, rank: int | None, t
         factors.square().sum(1) - rows.square().sum(1), _energy(factors, metric) - _energy(rows, metric), metric
     )
 
-    def draw(n: int, generator: Generator | None) -> Tensor:
-        z, y = normal((n, channels, number), generator), normal((n, channels, rows.shape[2]), generator)
+    def draw(n: int, noise: Noise) -> Tensor:
+        z, y = noise((n, channels, number)), noise((n, channels, rows.shape[2]))
         return torch.einsum("ncr,crd->ncd", z, _each(rows, channels)) + y * rest.sqrt()
 
     return Covariance(rows.contiguous(), None, rest, draw, left)
@@ -284,8 +290,8 @@ def _joint_lowrank(root: Tensor, metric: Tensor, rank: int | None, tolerance: fl
         root.square().sum(0) - rows.square().sum(0), _energy(by_channel, metric) - _energy(kept, metric), metric
     )
 
-    def draw(n: int, generator: Generator | None) -> Tensor:
-        z, y = normal((n, number), generator), normal((n, *rest.shape), generator)
+    def draw(n: int, noise: Noise) -> Tensor:
+        z, y = noise((n, number)), noise((n, *rest.shape))
         return torch.einsum("nk,kcd->ncd", z, rows) + y * rest.sqrt()
 
     return Covariance(rows.movedim(1, 0).contiguous(), None, rest, draw, left)

@@ -8,7 +8,9 @@ from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
+    EDMDPMSolverMultistepScheduler,
     EDMEulerScheduler,
+    EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     LMSDiscreteScheduler,
@@ -160,10 +162,40 @@ def test_sampling_coefficients_of_flow_samplers():
         torch.testing.assert_close(a * x + b * (noise - clean), clean, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        EulerDiscreteScheduler(prediction_type="v_prediction"),
+        EulerAncestralDiscreteScheduler(prediction_type="v_prediction"),
+        *(EDMEulerScheduler(prediction_type=name, sigma_data=0.7) for name in ("epsilon", "v_prediction")),
+    ],
+    ids=lambda s: f"{type(s).__name__}-{s.config.prediction_type}",
+)
+def test_sampling_coefficients_of_preconditioned_networks(scheduler):
+    """Their x_0 for *any* network output, as in the sampler's own step."""
+    scheduler.set_timesteps(10)
+    generator = torch.Generator().manual_seed(0)
+    for t, level in zip(scheduler.timesteps, scheduler.sigmas.double(), strict=False):
+        x, g = level * normal(1, 8), normal(1, 8, seed=1)
+        scale = float(scheduler.scale_model_input(torch.ones(1), t))
+        a, b = sampling_coefficients(scheduler, t, scale)
+        expected = scheduler.step(g, t, x, generator=generator).pred_original_sample
+        torch.testing.assert_close(a * x + b * g, expected.double(), rtol=1e-4, atol=1e-4)
+
+
+def test_sampling_coefficients_of_edm_multistep_are_its_own_preconditioning():
+    scheduler = EDMDPMSolverMultistepScheduler()
+    x, g = normal(1, 8), normal(1, 8, seed=1)
+    for sigma in (0.01, 0.5, 80.0):
+        a, b = sampling_coefficients(scheduler, torch.tensor(0.0), 1 / (sigma**2 + 0.25) ** 0.5)
+        torch.testing.assert_close(a * x + b * g, scheduler.precondition_outputs(x, g, sigma))
+
+
 def test_schedules_of_another_kind_have_no_sampling_coefficients():
     t = torch.tensor(500)
-    assert sampling_coefficients(EDMEulerScheduler(), t, 1.0) is None
-    assert sampling_coefficients(EulerDiscreteScheduler(prediction_type="v_prediction"), t, 0.5) is None
+    assert sampling_coefficients(EDMEulerScheduler(), t, 3.0) is None
+    flow = DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction")
+    assert sampling_coefficients(flow, t, 0.5) is None
     for scale in (1.5, 0.0, -0.5, float("nan")):
         assert sampling_coefficients(EulerDiscreteScheduler(), t, scale) is None
     blind = DDIMScheduler(rescale_betas_zero_snr=True)

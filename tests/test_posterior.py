@@ -169,6 +169,41 @@ def test_recut_is_a_fresh_cut():
         fitted.recut(structur="diag")
 
 
+@pytest.mark.parametrize(
+    ("structure", "covariance"),
+    [
+        *((s, c) for s in ("full", "kron", "diag") for c in ("ggn", "sandwich")), ("diag", "ef"), ("kron", "ef"),
+        ("full", "ef"), ("lowrank", "sandwich"), ("lowrank", "ggn"),
+    ],
+)  # fmt: skip
+def test_orthogonal_draws(structure, covariance):
+    """As many as there are numbers in one have no noise, where a draw is one linear function of one set of numbers."""
+    case = LAYERS[0]
+    fitted = posterior(case, structure=structure, covariance=covariance, temperature=1.7)
+    sizes = []
+
+    def noise(shape):
+        sizes.append(math.prod(shape[1:]))
+        return torch.zeros(shape, dtype=torch.float64)
+
+    fitted._sigma.transform(1, noise)
+    geometry = HeadGeometry.of(case.layer)
+    expected = fitted.variance(case.inputs.double())
+
+    def estimate(n, seed):
+        drawn = fitted.deviations(n, torch.Generator().manual_seed(seed), orthogonal=True)
+        assert drawn.shape == (n, *fitted.mean.shape)
+        return geometry.apply(case.inputs.double(), drawn).square().mean(0)
+
+    if len(sizes) == 1:
+        torch.testing.assert_close(estimate(sizes[0], 0), expected, rtol=1e-6, atol=0)
+    else:
+        assert (structure, covariance) in {("full", "ef"), ("lowrank", "sandwich"), ("lowrank", "ggn")}
+    runs, n = 400, 5
+    mean = torch.stack([estimate(n, seed) for seed in range(runs)]).mean(0)
+    assert float((mean / expected - 1).abs().max()) < MC_TOLERANCE * (2 / (runs * n)) ** 0.5
+
+
 @pytest.mark.parametrize("covariance", ["ggn", "sandwich"])
 @pytest.mark.parametrize("structure", ["full", "diag"])
 def test_a_prior_for_each_channel(structure, covariance):

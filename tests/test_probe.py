@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from types import SimpleNamespace
+from unittest import mock
 
 import diffusers
 import pytest
@@ -133,3 +134,12 @@ def test_a_pipeline_is_refused_before_its_first_step():
     assert "step" not in pipe.scheduler.__dict__
     ensemble = UncertaintyPipeline(pipe, posterior, propagation="ensemble", num_tangents=2)
     assert ensemble(0, num_inference_steps=4, generator=torch.Generator().manual_seed(0)).variance.min() >= 0
+
+
+def test_a_setting_is_probed_once():
+    pipe = cases.class_pipeline(diffusers.DDIMScheduler(clip_sample=False))
+    up = UncertaintyPipeline(pipe, cases.class_posterior(pipe, 1e4), num_tangents=2)
+    with mock.patch("bayesdiff.pipeline.check_affine", wraps=check_affine) as probed:
+        for steps, eta in ((3, 0.0), (3, 0.0), (4, 0.0), (4, 0.5), (4, 0.5)):
+            up(0, num_inference_steps=steps, eta=eta, generator=torch.Generator().manual_seed(0))
+    assert probed.call_count == 3

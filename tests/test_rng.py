@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bayesdiff.checks import ArgumentError
-from bayesdiff.rng import base_seed, item_generator, normal
+from bayesdiff.rng import base_seed, item_generator, normal, orthogonal_normal
 
 BIG = 2**62 + 12345
 
@@ -102,3 +102,36 @@ def test_normal_numbers_are_float64_on_the_cpu():
     x = normal((2, 3), torch.Generator().manual_seed(0))
     assert (x.shape, x.dtype, x.device.type) == ((2, 3), torch.float64, "cpu")
     assert normal((1,), None, torch.float32).dtype == torch.float32
+
+
+@pytest.mark.parametrize("shape", [(1, 7), (5, 7), (7, 7), (6, 2, 3), (16, 7), (3, 1)])
+def test_orthogonal_normal_numbers(shape):
+    """Rows of one block are orthogonal, √m long; full blocks have the identity for their second moments."""
+    got = orthogonal_normal(shape, torch.Generator().manual_seed(0))
+    assert got.shape == shape
+    assert got.dtype == torch.float64
+    rows = got.flatten(1)
+    m = rows.shape[1]
+    for block in rows.split(m):
+        torch.testing.assert_close(block @ block.T, m * torch.eye(len(block), dtype=torch.float64))
+        if len(block) == m:
+            torch.testing.assert_close(block.T @ block / m, torch.eye(m, dtype=torch.float64))
+    one, other = (torch.Generator().manual_seed(0) for _ in range(2))
+    orthogonal_normal(shape, one)
+    normal(shape, other)
+    assert torch.equal(one.get_state(), other.get_state())
+
+
+@pytest.mark.parametrize("n", [1, 4, 9])
+def test_moments_of_orthogonal_normal_numbers(n):
+    """E (aᵀz)² = 1; the variance of its mean over n rows is 2(m − n)/(n(m + 2)); the rows are distributed uniformly."""
+    m, runs = 9, 20_000
+    generator = torch.Generator().manual_seed(1)
+    a = torch.nn.functional.normalize(torch.arange(1.0, m + 1, dtype=torch.float64), dim=0)
+    blocks = torch.stack([orthogonal_normal((n, m), generator) for _ in range(runs)])
+    means = (blocks @ a).square().mean(1)
+    expected = 2 * (m - n) / (n * (m + 2))
+    assert float(means.mean()) == pytest.approx(1, abs=5 * (expected / runs) ** 0.5 + 1e-12)
+    assert float(means.var()) == pytest.approx(expected, rel=0.06, abs=1e-20)
+    # A QR factor whose signs are not put right has diagonal elements of one sign.
+    assert float(blocks.mean(0).abs().max()) < 5 * runs**-0.5
