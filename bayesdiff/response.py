@@ -11,8 +11,8 @@ draws:
 
 The first two terms are exact within span(V). What lies outside is extended to. Y M⁺ Yᵀ is Nyström's extension (Williams & Seeger
 2001) of the part of J that exceeds its isotropic part γ. A network's J is symmetric only to 10–30 %, so an eigenvalue m of M
-with eigenvector q can be small by chance, and 1/m large. For a positive matrix m ≥ ‖Yq‖²/λ_max; with ‖Y‖ for λ_max, that
-bound takes the place of m where m is less.
+with eigenvector q can be small by chance, and 1/m large. For a positive matrix m ≥ ‖Yq‖²/λ_max; with the largest value
+that is known for λ_max, ‖Y‖ or ‖B‖, that bound takes the place of m where m is less.
 
 S is what measurements at other steps of the same trajectory say. J changes slowly: its leading directions hardly turn
 from one step to the next. Let B = EᵀE be the symmetric part found there, scaled down where it exceeds what V shows of J.
@@ -32,6 +32,8 @@ from torch import Tensor
 
 #: Eigenvalues of M below this share of the largest are left out of M⁺.
 EIGENVALUE_FLOOR = 0.01
+#: Eigenvalues of M below this share of ‖Y‖ are 0.
+ROUNDING = 1e-9
 #: μ, in the largest eigenvalue of B.
 REGULARIZATION = 0.05
 #: Weights of B from the measurements before and after one.
@@ -99,9 +101,14 @@ class Response:
         excess = images - gain * directions
         within = directions @ excess.mT
         values, vectors = torch.linalg.eigh((within + within.mT) / 2)
-        kept = (values > EIGENVALUE_FLOOR * values.amax(1, keepdim=True)) & (values > 0)
+        norm = torch.linalg.matrix_norm(excess, ord=2).unsqueeze(1)
+        # With one direction M is 0 but for rounding, which must not decide.
+        kept = (values > EIGENVALUE_FLOOR * values.amax(1, keepdim=True)) & (values > ROUNDING * norm)
         rotated = vectors.mT @ excess
-        least = rotated.square().sum(2) / torch.linalg.matrix_norm(excess, ord=2).unsqueeze(1)
+        largest = (
+            norm if known is None else torch.maximum(norm, torch.linalg.matrix_norm(known, ord=2).square().unsqueeze(1))
+        )
+        least = rotated.square().sum(2) / largest
         scale = torch.where(kept, torch.maximum(values, least).where(kept, torch.ones_like(values)).rsqrt(), 0.0)
         extension = scale.unsqueeze(2) * rotated
         if known is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import shlex
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import bayesdiff
 from bayesdiff.checks import check_output_folder
 from bayesdiff.io import environment, write_json
 
@@ -29,6 +31,15 @@ def command(name: str) -> str:
 def record(folder: Path, settings: dict[str, Any], results: Any, device: str = "cpu") -> None:
     """Write ``results.json``: what came out, with what, and from which settings."""
     write_json(folder / "results.json", {"settings": settings, "environment": environment(device), "results": results})
+
+
+@functools.cache
+def fitted(seed: int) -> bayesdiff.LaplacePosterior:
+    """The posterior of the shipped model, which does not depend on the scheduler."""
+    pipe, data = bayesdiff.zoo.load("fashion-ddpm")
+    return bayesdiff.fit(
+        pipe, data, dataset_size=data.dataset_size, generator=torch.Generator().manual_seed(seed), progress=False
+    )
 
 
 def agreement(value: Tensor, reference: Tensor) -> dict[str, float]:

@@ -190,3 +190,58 @@ def bayesdiff_recursion(
         variance = variance + noises[n]
         after.append(variance)
     return mean, after
+
+
+def schur_complement(b, v, mu):
+    """What is left of a positive B when its action on the rows of V is known."""
+    seen = v @ b @ v.T + mu * torch.eye(len(v), dtype=b.dtype)
+    return b - b @ v.T @ torch.linalg.pinv(seen, hermitian=True) @ v @ b
+
+
+def extended_response(v, images, probe, known=None, *, floor, regularization):
+    """One sample's J ``(P, P)`` from Jv of the rows of V ``(p, P)``, and the symmetric part that is extended, both dense."""
+    size = v.shape[1]
+    inner = range(len(v) - probe)
+    if known is not None:
+        found = sum(float(v[i] @ known @ v[i]) for i in inner)
+        measured = max(0.0, sum(float(v[i] @ images[i]) for i in inner))
+        if found > measured or not inner:
+            known = known * (measured / found if inner else 0.0)
+    gain = 0.0
+    if probe:
+        gain = float(v[-1] @ images[-1])
+        if known is not None:
+            gain -= min(float(v[-1] @ known @ v[-1]), max(0.0, gain))
+    y = images - gain * v
+    m = (v @ y.T + y @ v.T) / 2
+    values, vectors = torch.linalg.eigh(m)
+    symmetric = torch.zeros(size, size, dtype=v.dtype)
+    largest = float(torch.linalg.matrix_norm(y, ord=2))
+    if known is not None:
+        largest = max(largest, float(torch.linalg.eigvalsh(known)[-1]))
+    for value, q in zip(values, vectors.T, strict=True):
+        if value > max(1e-9 * float(torch.linalg.matrix_norm(y, ord=2)), floor * float(values[-1])):
+            z = q @ y
+            symmetric += torch.outer(z, z) / max(float(value), float(z @ z) / largest)
+    if known is not None:
+        symmetric += schur_complement(known, v, regularization * float(torch.linalg.eigvalsh(known)[-1]))
+    eye = torch.eye(size, dtype=v.dtype)
+    return gain * eye + y.T @ v + symmetric @ (eye - v.T @ v), symmetric
+
+
+def smoothed_responses(places, *, before, after, **settings):
+    """J at each of some places ``(V, images, probe)``, from its own measurement and those of all others."""
+
+    def chain(ordered):
+        out = [extended_response(*ordered[0], **settings)[1]]
+        for place in ordered[1:]:
+            out.append(extended_response(*place, out[-1], **settings)[1])
+        return out
+
+    forward, backward = chain(places), chain(places[::-1])[::-1]
+    out = []
+    for n, place in enumerate(places):
+        known = [before * forward[n - 1]] if n else []
+        known += [after * backward[n + 1]] if n + 1 < len(places) else []
+        out.append(extended_response(*place, sum(known) if known else None, **settings)[0])
+    return out

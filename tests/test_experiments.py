@@ -10,6 +10,7 @@ import torch
 import bayesdiff
 from bayesdiff.io import environment
 from experiments.common import agreement, record, results_folder, table
+from experiments.draws_check import __main__ as draws_check
 from experiments.fit_overhead import __main__ as fit_overhead
 from experiments.guidance_check import __main__ as guidance_check
 from experiments.mc_vs_analytic import __main__ as mc_vs_analytic
@@ -17,6 +18,7 @@ from experiments.mc_vs_analytic.heads import Shape, fitted
 from experiments.posterior_check import __main__ as posterior_check
 from experiments.propagation import __main__ as propagation
 from experiments.propagation import references
+from experiments.refresh_check import __main__ as refresh_check
 from tests import cases
 
 
@@ -97,13 +99,17 @@ def test_the_clock_of_a_fit():
     assert not network._forward_pre_hooks
 
 
-def test_propagation(tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def small_posterior():
     pipe, data = bayesdiff.zoo.load("fashion-ddpm")
-    posterior = bayesdiff.fit(
+    return bayesdiff.fit(
         pipe, data.subset(slice(60)), dataset_size=data.dataset_size, generator=torch.Generator().manual_seed(0),
         progress=False,
     )  # fmt: skip
-    monkeypatch.setattr(references, "fitted", lambda _: posterior)
+
+
+def test_propagation(tmp_path, monkeypatch, small_posterior):
+    monkeypatch.setattr(references, "fitted", lambda _: small_posterior)
     monkeypatch.setattr(propagation, "MEMBERS", (2, 6))
     propagation.main(trajectories=24, samples=3, repeats=1, draws=16, only=["tcd-4"], out=tmp_path)
     kept = sorted((tmp_path / "references").iterdir())
@@ -143,3 +149,30 @@ def test_guidance_check(tmp_path):
     assert all(abs(r["closed_over_brute"] - 1) < 0.15 for r in rows)  # one sample's draws err together
     assert all(r["correlation"] > 0.97 for r in rows)
     assert all(r["independent_over_brute"] > 10 for r in rows if r["s"] >= 7.5)
+
+
+def test_refresh_check(tmp_path, monkeypatch, small_posterior):
+    monkeypatch.setattr(refresh_check, "fitted", lambda _: small_posterior)
+    monkeypatch.setattr(refresh_check, "PLANS", {("ddim", 8): ((2, 2), (7, 6))})
+    monkeypatch.setattr(refresh_check, "DENSITIES", (1.0, 1.5))
+    refresh_check.main(samples=1, draws=6, out=tmp_path)
+    rows = json.loads((tmp_path / "results.json").read_text())["results"]
+    exact = [r for r in rows if (r["R"], r["p"]) == (7, 6)]
+    assert len(exact) == 1
+    assert exact[0]["relative_l2"] < 1e-4  # as many calls as draws, in every step
+    assert len(rows) == 6
+    (default,) = (r for r in rows if r["default"])
+    plan = default["R"], default["p"]
+    of_plan = {(r["density"], r["nystrom"], r["shared"]): r["relative_l2"] for r in rows if (r["R"], r["p"]) == plan}
+    assert len(of_plan) == 4
+    assert len(set(of_plan.values())) == 4  # every switch does something
+
+
+def test_draws_check(tmp_path, monkeypatch, small_posterior):
+    monkeypatch.setattr(draws_check, "fitted", lambda _: small_posterior)
+    draws_check.main(samples=1, steps=2, draws=[40], repeats=2, out=tmp_path)
+    rows = json.loads((tmp_path / "results.json").read_text())["results"]
+    independent, orthogonal = rows
+    assert (independent["orthogonal"], orthogonal["orthogonal"]) == (False, True)
+    assert orthogonal["theory"] < independent["theory"] == pytest.approx((2 / 40) ** 0.5)
+    assert orthogonal["variance_error"] < 3 * orthogonal["theory"]

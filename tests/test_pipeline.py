@@ -276,7 +276,8 @@ def symmetric(pipe, posterior, propagation, **kwargs):
     up = UncertaintyPipeline(
         pipe, posterior, propagation=propagation, num_tangents=8, refresh=1, num_directions=8, **kwargs
     )
-    up.deviations[4:] = -up.deviations[:4]
+    drawn = posterior.deviations(4, torch.Generator().manual_seed(3))
+    up.deviations = torch.cat([drawn, -drawn])
     return up
 
 

@@ -5,7 +5,6 @@ Each reference is computed once and kept in a file of its own, with the settings
 
 from __future__ import annotations
 
-import functools
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from torch import Tensor
 
 import bayesdiff
 from bayesdiff.io import write_tensors
+from experiments.common import fitted
 
 
 @dataclass(frozen=True)
@@ -39,15 +39,6 @@ SAMPLINGS = (
     Sampling("tcd-4", "tcd", 4),
     Sampling("heun-13", "heun", 13),
 )
-
-
-@functools.cache
-def fitted(seed: int) -> bayesdiff.LaplacePosterior:
-    """The posterior, which does not depend on the scheduler."""
-    pipe, data = bayesdiff.zoo.load("fashion-ddpm")
-    return bayesdiff.fit(
-        pipe, data, dataset_size=data.dataset_size, generator=torch.Generator().manual_seed(seed), progress=False
-    )
 
 
 @dataclass(frozen=True)

@@ -4,11 +4,13 @@
 
 Tangents with the response measured at every step along every draw are exact but for the linearisation. The same
 draws with fewer measurements are compared with them, so that no Monte Carlo noise is in the way: number of measurements
-R, directions p in each, how much denser late, Nyström's extension on or off; for samplers with many steps and with few.
+R, directions p in each, how much denser late; with and without Nyström's extension, and what measurements know of each
+other; for samplers with many steps and with few.
 """
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 from unittest import mock
@@ -19,7 +21,7 @@ from tqdm import tqdm
 
 import bayesdiff
 from bayesdiff import propagate, response
-from experiments.common import agreement, command, record, results_folder, table
+from experiments.common import agreement, command, fitted, record, results_folder, table
 
 #: Scheduler and steps: (R, p) pairs.
 PLANS = {
@@ -41,9 +43,7 @@ def main(
     rows: list[dict[str, Any]] = []
     for (scheduler, steps), pairs in PLANS.items():
         pipe, data = bayesdiff.zoo.load("fashion-ddpm", scheduler=scheduler)
-        posterior = bayesdiff.fit(
-            pipe, data, dataset_size=data.dataset_size, generator=torch.Generator().manual_seed(seed), progress=False
-        )
+        posterior = fitted(seed)
         classes = [data.class_names[3 * i % 10] for i in range(samples)]
         up = bayesdiff.UncertaintyPipeline(
             pipe, posterior, num_tangents=draws, generator=torch.Generator().manual_seed(seed + 1000)
@@ -57,26 +57,31 @@ def main(
         exact = run((list(range(1, steps)), draws), up, classes, steps).std
         chosen = propagate.plan(steps, 2.5)
         default = (len(chosen[0]), chosen[1])
-        settings: list[tuple[int, int, float | None, bool]] = [(r, p, None, True) for r, p in {*pairs, default}]
-        settings += [(*default, density, True) for density in DENSITIES] + [(*default, None, False)]
-        for number, p, density, nystrom in tqdm(sorted(settings, key=str), desc=f"{scheduler}, {steps} steps"):
-            shape = min(propagate.DENSITY, 1 + number / 20) if density is None else density
-            nodes = propagate.spread(list(range(1, steps)), number, shape)
-            floor = response.EIGENVALUE_FLOOR if nystrom else float("inf")
-            with mock.patch.object(response, "EIGENVALUE_FLOOR", floor):
+        everything = (propagate.DENSITY, True, True)
+        settings = [(r, p, *everything) for r, p in {*pairs, default}]
+        settings += [(*default, density, True, True) for density in DENSITIES if density != propagate.DENSITY]
+        settings += [(*default, propagate.DENSITY, True, False), (*default, propagate.DENSITY, False, False)]
+        for number, p, density, nystrom, shared in tqdm(sorted(settings), desc=f"{scheduler}, {steps} steps"):
+            nodes = propagate.spread(list(range(1, steps)), number, density)
+            with ExitStack() as changes:
+                if not nystrom:
+                    changes.enter_context(mock.patch.object(response, "EIGENVALUE_FLOOR", float("inf")))
+                if not shared:
+                    changes.enter_context(mock.patch.object(response, "_no_larger", lambda known, *_: 0 * known))
                 output = run((nodes, p), up, classes, steps)
             each = [agreement(output.std[i], exact[i]) for i in range(samples)]
             rows.append(
                 {
-                    "scheduler": scheduler, "steps": steps, "R": len(nodes), "p": p, "density": shape, "nystrom": nystrom,
-                    "default": (number, p, density, nystrom) == (*default, None, True),
+                    "scheduler": scheduler, "steps": steps, "R": len(nodes), "p": p, "density": density,
+                    "nystrom": nystrom, "shared": shared,
+                    "default": (number, p, density, nystrom, shared) == (*default, *everything),
                     "calls_ratio": output.calls / output.plain_calls, **agreement(output.std, exact),
                     "least_correlation": min(e["correlation"] for e in each),
                     "least_ratio": min(e["ratio"] for e in each), "largest_ratio": max(e["ratio"] for e in each),
                 }
             )  # fmt: skip
     columns = {
-        "scheduler": "", "steps": "d", "R": "d", "p": "d", "density": ".2f", "nystrom": "", "default": "",
+        "scheduler": "", "steps": "d", "R": "d", "p": "d", "density": ".2f", "nystrom": "", "shared": "", "default": "",
         "calls_ratio": ".2f", "correlation": ".3f", "ratio": ".2f", "relative_l2": ".2f", "least_correlation": ".3f",
         "least_ratio": ".2f", "largest_ratio": ".2f",
     }  # fmt: skip
