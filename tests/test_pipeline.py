@@ -23,6 +23,8 @@ from bayesdiff.checks import (
     UnsupportedSchedulerError,
 )
 from bayesdiff.posterior import LaplacePosterior
+from bayesdiff.propagate import plan
+from bayesdiff.response import smoothed
 from tests import cases
 
 SAMPLERS = {
@@ -316,6 +318,43 @@ def test_trajectory_of_an_interpolated_response_is_that_of_the_second_pass():
     out = up(generator=seeds(4), num_inference_steps=30)
     assert len(out.trajectory) == 30
     assert torch.equal(out.trajectory[-1].variance, out.latents.variance)
+
+
+@pytest.mark.parametrize("batch_invariant", [False, True])
+def test_the_second_pass_uses_what_all_measurements_know(batch_invariant):
+    pipe, posterior, _ = make()
+    up = UncertaintyPipeline(
+        pipe, posterior, num_tangents=6, refresh=4, num_directions=2, batch_invariant=batch_invariant
+    )
+
+    def run():
+        return up(batch_size=2, generator=seeds(4, 5), num_inference_steps=20).variance
+
+    plain = run()
+    with mock.patch("bayesdiff.propagate.smoothed", wraps=smoothed) as spy:
+        assert torch.equal(run(), plain)
+    places = plan(20, up.extra_calls, 4, 2)[0]
+    assert spy.call_count == (2 if batch_invariant else 1)  # samples that are worked on together
+    for call in spy.call_args_list:
+        (measured,) = call.args
+        assert len(measured) == len(places)
+        assert all(chosen.directions.shape[:2] == (1 if batch_invariant else 2, 2) for chosen, _ in measured)
+
+    def silent(measured):  # no response at all
+        return [dataclasses.replace(r, **{k: 0 * v for k, v in vars(r).items()}) for r in smoothed(measured)]
+
+    with mock.patch("bayesdiff.propagate.smoothed", silent):
+        assert float((run() / plain - 1).abs().max()) > 0.01
+
+
+def test_draws_of_tangents_are_orthogonal_and_an_ensembles_are_not():
+    pipe, posterior, _ = make()
+    for propagation, orthogonal in (("tangents", True), ("ensemble", False), ("bayesdiff", False)):
+        up = UncertaintyPipeline(pipe, posterior, propagation=propagation, num_tangents=5, generator=seeds(3)[0])
+        generator = seeds(3)[0]
+        if propagation == "bayesdiff":
+            torch.randint(2**63 - 1, (), generator=generator, dtype=torch.int64)  # its own draws' seed
+        assert torch.equal(up.deviations, posterior.deviations(5, generator, orthogonal=orthogonal))
 
 
 @pytest.mark.parametrize("propagation", ["tangents", "ensemble", "bayesdiff-centered"])
