@@ -24,7 +24,7 @@ from bayesdiff.gaussian import Gaussian
 from bayesdiff.head import check_eval, denoiser
 from bayesdiff.parametrization import alpha_sigma, prediction_type
 from bayesdiff.posterior import LaplacePosterior
-from bayesdiff.probe import check_affine
+from bayesdiff.probe import adds_noise, check_affine
 from bayesdiff.propagate import Propagated, Tangents
 from bayesdiff.recursion import Recursion
 from bayesdiff.rng import base_seed, item_generator
@@ -185,7 +185,7 @@ class UncertaintyPipeline:
                 f"expected a pixel-space pipeline, got {type(pipe).__name__}, which decodes latents: upsampling a latent "
                 "variance would be wrong, and tangents are not carried through a decoder yet"
             )
-        self._probed: set[str] = set()
+        self._probed: dict[str, bool] = {}
         self.head = posterior.check(pipe, head)
         check_eval(self.network)
         generator = item_generator(0, 1) if generator is None else generator
@@ -219,8 +219,8 @@ class UncertaintyPipeline:
                 check_schedule(scheduler)
                 if ensemble is None:
                     first = first_index(scheduler, step.timestep)
-                    self._probe(scheduler, first, step)
-                    propagator = self._propagator(scheduler, len(scheduler.timesteps) - first)
+                    noisy = self._probe(scheduler, first, step)
+                    propagator = self._propagator(scheduler, len(scheduler.timesteps) - first, noisy)
                     stack.enter_context(propagator)
 
             def follow(step: Step, network: GuidedNetwork) -> None:
@@ -246,25 +246,27 @@ class UncertaintyPipeline:
             calls += ensemble.calls
         return self._output(output, result, samples, steps, calls, watch.own_calls)
 
-    def _probe(self, scheduler: Any, first: int, step: Step) -> None:
-        """:func:`bayesdiff.probe.check_affine`, once for each setting of the sampler."""
+    def _probe(self, scheduler: Any, first: int, step: Step) -> bool:
+        """:func:`bayesdiff.probe.check_affine`, once for each setting of the sampler; and whether it adds noise."""
         plain = {k: v for k, v in step.arguments.items() if isinstance(v, (int, float, str))}
         setting = str(
             (type(scheduler), dict(scheduler.config), torch.as_tensor(scheduler.timesteps).tolist(), first, plain)
         )
         if setting not in self._probed:
-            check_affine(scheduler, first, step.sample.shape[1], step.arguments, step.sample.device)
-            self._probed.add(setting)
+            about = first, step.sample.shape[1], step.arguments, step.sample.device
+            check_affine(scheduler, *about)
+            self._probed[setting] = adds_noise(scheduler, *about)
+        return self._probed[setting]
 
     def _member(self, on_sample: Callable[[Tensor], None]) -> Watch:
         return Watch(self.pipe, self.network, self.head, batch_invariant=self.batch_invariant, on_sample=on_sample)
 
-    def _propagator(self, scheduler: Any, num_steps: int) -> Tangents | Recursion:
+    def _propagator(self, scheduler: Any, num_steps: int, noisy: bool) -> Tangents | Recursion:
         """What walks beside the sampler, from its first step on."""
         if self.propagation == "tangents":
             return Tangents(
                 self.deviations, self.posterior.geometry, scheduler, num_steps, self.extra_calls, self.refresh,
-                self.num_directions, self.directions_per_call, self.batch_invariant,
+                self.num_directions, self.directions_per_call, self.batch_invariant, noisy,
             )  # fmt: skip
         return Recursion(
             self.posterior, scheduler, self.num_samples, self.skip_interval,

@@ -98,6 +98,27 @@ def check_affine(
         ) from error
 
 
+def adds_noise(
+    scheduler: Any, first: int = 0, channels: int = 3, arguments: dict[str, Any] | None = None,
+    device: torch.device | str = "cpu",
+) -> bool:  # fmt: skip
+    """Whether one of the next three steps depends on the generators' seeds; not so for noise from a seed of the sampler's own.
+
+    Arguments as of :func:`check_affine`.
+    """
+    device = torch.device(device)
+    kept = {k: v for k, v in (arguments or {}).items() if k not in NOT_PASSED}
+    noisy = "generator" in inspect.signature(scheduler.step).parameters
+    copies = [copy_scheduler(scheduler) for _ in range(2)]
+    x = torch.zeros(1, channels, SIZE, SIZE, dtype=torch.float64, device=device)
+    with forked_rng(device), torch.no_grad():
+        for t in scheduler.timesteps[first:][:3]:
+            one, other = (_step(s, x, x, t, kept, seed, noisy)[0] for seed, s in enumerate(copies))
+            if not torch.equal(one, other):
+                return True
+    return False
+
+
 def measure(
     scheduler: Any,
     first: int = 0,

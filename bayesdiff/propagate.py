@@ -45,8 +45,10 @@ from bayesdiff.watch import GuidedNetwork
 
 #: d: steps between measurements shrink towards the end, where deviations grow, n ∝ 1 − (1 − u)^d for even u.
 DENSITY = 1.5
-#: By default there is a measurement in every so many steps at least.
-WIDEST = 5
+#: By default there is a measurement in every so many steps at least, and in solvers of several stages in every so many.
+WIDEST, WIDEST_OF_STAGES = 5, 2
+#: R in √B where the sampler adds noise: such a trajectory is rough, and so is the response along it.
+SHARE_WITH_NOISE = 1.6
 
 
 @dataclass(frozen=True)
@@ -76,12 +78,15 @@ def spread(places: list[int], number: int, density: float) -> list[int]:
 
 
 def plan(
-    num_steps: int, extra_calls: float, refresh: int | None = None, num_directions: int | None = None, stages: int = 1
-) -> tuple[list[int], int]:
+    num_steps: int, extra_calls: float, refresh: int | None = None, num_directions: int | None = None, stages: int = 1,
+    noisy: bool = False,
+) -> tuple[list[int], int]:  # fmt: skip
     r"""At which steps to measure the response, and along how many directions.
 
-    A budget of B = ``extra_calls`` × steps is spent evenly, R ≈ p ≈ √B, but R no less than a fifth of the steps, and
-    all of them where they are five or fewer and p = 3 can be had. R is one more where that wastes less of B.
+    A budget of B = ``extra_calls`` × steps is spent evenly, R ≈ p ≈ √B; where the sampler adds noise and p = 3 is left, R ≈
+    1.6 √B. But R is no less than a fifth of the steps, or half of them in solvers of several stages; no less than four,
+    which a cubic needs, where p = 3 can be had; and all of them where they are five or fewer. R is one more where that
+    wastes less of B.
 
     Args:
         num_steps: N, calls of the scheduler's step.
@@ -90,6 +95,7 @@ def plan(
         num_directions: p; given, it is not chosen.
         stages: Calls that make one step of the solver (2 for Heun's). Samples in different stages lie off one smooth
             trajectory to different sides, so all measurements but the last are in one of them.
+        noisy: Whether the sampler adds noise.
 
     Returns:
         Steps from 1 to the last, denser late, and p ≥ 1.
@@ -104,7 +110,10 @@ def plan(
     elif last <= 5 and budget >= 3 * last:
         number = last
     else:
-        number = max(round(budget**0.5), math.ceil(last / WIDEST), 1)
+        widest = WIDEST_OF_STAGES if stages > 1 else WIDEST
+        number = max(round(budget**0.5), math.ceil(last / widest), 4 if budget >= 12 else 1)
+        if noisy:
+            number = max(number, min(round(SHARE_WITH_NOISE * budget**0.5), int(budget / 3)))
         number = max(number, number + 1, key=lambda r: r * int(budget / r))
     number = min(number, last)
     steps = spread(places, number, DENSITY)
@@ -126,6 +135,7 @@ class Tangents:
         num_directions: p, network evaluations in one measurement.
         directions_per_call: How many directions share one network call, of so many times the batch.
         batch_invariant: Work on each sample by itself, so that its numbers do not depend on the batch to the last bit.
+        noisy: Whether the sampler adds noise.
     """
 
     def __init__(
@@ -139,11 +149,12 @@ class Tangents:
         num_directions: int | None = None,
         directions_per_call: int = 1,
         batch_invariant: bool = False,
+        noisy: bool = False,
     ) -> None:
         self.directions_per_call = directions_per_call
         self.deviations, self.geometry, self.batch_invariant = deviations, geometry, batch_invariant
         stages = int(getattr(scheduler, "order", 1))
-        self.refreshed, self.num_directions = plan(num_steps, extra_calls, refresh, num_directions, stages)
+        self.refreshed, self.num_directions = plan(num_steps, extra_calls, refresh, num_directions, stages, noisy)
         self._linearized = LinearizedScheduler(scheduler, len(deviations))
         self._again = LinearizedScheduler(scheduler, len(deviations))  # for the second pass
         # By step, one for each group of samples.

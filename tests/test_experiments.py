@@ -124,6 +124,14 @@ def test_propagation(tmp_path, monkeypatch, small_posterior):
     assert rows["tcd-4", "ensemble", "M = 6"]["calls_ratio"] == 7
     assert rows["tcd-4", "bayesdiff", "S = 10, every 1"]["negative"] > 0
     assert (tmp_path / "propagation.png").stat().st_size > 10_000
+    # Other ways to sample are kept, if their settings are the same.
+    written = json.loads((tmp_path / "results.json").read_text())
+    settings = {k: written["settings"][k] for k in ("trajectories", "samples", "repeats", "draws", "seed", "model")}
+    assert propagation.kept(tmp_path, settings, ["ddim-50"]) == (written["results"], written["settings"]["commands"])
+    assert list(written["settings"]["commands"]) == ["tcd-4"]
+    assert propagation.kept(tmp_path, settings, ["tcd-4"]) == ([], {})
+    assert propagation.kept(tmp_path, settings | {"draws": 17}, ["ddim-50"]) == ([], {})
+    assert propagation.kept(tmp_path / "none", settings, []) == ([], {})
     # A reference that fits is not made again.
     times = [path.stat().st_mtime_ns for path in kept]
     monkeypatch.setattr(references.Setting, "pipe", None)

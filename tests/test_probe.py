@@ -13,7 +13,8 @@ import torch
 
 from bayesdiff import UncertaintyPipeline
 from bayesdiff.checks import UnsupportedSchedulerError
-from bayesdiff.probe import check_affine
+from bayesdiff.probe import adds_noise, check_affine
+from bayesdiff.propagate import plan
 from tests import cases
 from tests.test_linearized_scheduler import ALL
 
@@ -21,6 +22,28 @@ from tests.test_linearized_scheduler import ALL
 @pytest.mark.parametrize("case", ALL)
 def test_what_is_affine_passes(case):
     check_affine(case.make(), channels=2, arguments=case.arguments)
+
+
+NOISY = {
+    "DDPMScheduler", "EulerAncestralDiscreteScheduler", "KDPM2AncestralDiscreteScheduler", "SASolverScheduler", "LCMScheduler",
+    "CosineDPMSolverMultistepScheduler", "FlowMatchLCMScheduler",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", [c for c in ALL if c.values[0].steps == 6])
+def test_which_samplers_add_noise(case):
+    options = case.config | case.arguments
+    expected = (
+        case.scheduler in NOISY or "sde" in str(options.get("algorithm_type"))
+        or (options.get("eta", 0.3 if case.scheduler == "TCDScheduler" else 0) > 0)
+        or options.get("s_churn", 0) > 0 or options.get("stochastic_sampling", False)
+    )  # fmt: skip
+    state = torch.get_rng_state()
+    scheduler = case.make()
+    # With a seed of its own (DPMSolverSDE's noise_sampler_seed) noise cannot be told from the rest.
+    assert adds_noise(scheduler, arguments=case.arguments) == expected
+    assert torch.equal(torch.get_rng_state(), state)
+    assert scheduler.timesteps.equal(case.make().timesteps)
 
 
 class Affine:
@@ -143,3 +166,12 @@ def test_a_setting_is_probed_once():
         for steps, eta in ((3, 0.0), (3, 0.0), (4, 0.0), (4, 0.5), (4, 0.5)):
             up(0, num_inference_steps=steps, eta=eta, generator=torch.Generator().manual_seed(0))
     assert probed.call_count == 3
+
+
+def test_tangents_are_told_of_noise():
+    pipe = cases.class_pipeline(diffusers.DDIMScheduler(clip_sample=False))
+    up = UncertaintyPipeline(pipe, cases.class_posterior(pipe, 1e4), num_tangents=2)
+    with mock.patch("bayesdiff.propagate.plan", wraps=plan) as planned:
+        for eta in (0.0, 0.5):
+            up(0, num_inference_steps=4, eta=eta, generator=torch.Generator().manual_seed(0))
+    assert [call.args[-1] for call in planned.call_args_list] == [False, True]

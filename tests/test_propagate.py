@@ -202,9 +202,9 @@ def test_no_deviation_has_no_response(k):
 
 @pytest.mark.parametrize("num_steps", [1, 2, 3, 4, 7, 8, 20, 25, 50, 51, 1000])
 @pytest.mark.parametrize("extra_calls", [0.5, 1.2, 2.5, 10])
-@pytest.mark.parametrize("stages", [1, 2])
-def test_the_plan_keeps_to_its_budget(num_steps, extra_calls, stages):
-    steps, p = plan(num_steps, extra_calls, stages=stages)
+@pytest.mark.parametrize(("stages", "noisy"), [(1, False), (2, False), (1, True), (2, True)])
+def test_the_plan_keeps_to_its_budget(num_steps, extra_calls, stages, noisy):
+    steps, p = plan(num_steps, extra_calls, stages=stages, noisy=noisy)
     last = num_steps - 1
     assert steps == sorted(set(steps))
     assert all(1 <= n <= last for n in steps)
@@ -219,7 +219,12 @@ def test_the_plan_keeps_to_its_budget(num_steps, extra_calls, stages):
 
 def test_the_plan_by_hand():
     assert plan(50, 2.5) == ([1, 8, 15, 21, 27, 32, 37, 41, 45, 47, 49], 11)
-    assert plan(25, 1.2)[1] == 6
+    assert plan(25, 1.2) == ([1, 9, 16, 21, 24], 6)
+    assert (len(plan(25, 1.2, noisy=True)[0]), plan(25, 1.2, noisy=True)[1]) == (10, 3)
+    assert (len(plan(25, 1.2, stages=2)[0]), plan(25, 1.2, stages=2)[1]) == (7, 4)
+    assert plan(10, 1.2) == ([1, 5, 7, 9], 3)  # four measurements: a cubic
+    assert plan(20, 1.2)[1] * len(plan(20, 1.2)[0]) == 24  # 5 × 4 would waste four calls
+    assert plan(4, 1.2, noisy=True) == ([1, 3], 2)
     assert plan(4, 2.5) == ([1, 2, 3], 3)  # few steps: all of them
     assert plan(20, 2.5, refresh=1, num_directions=16) == (list(range(1, 20)), 16)
     assert len(plan(50, 2.5, refresh=5)[0]) == 10

@@ -6,11 +6,13 @@ For several schedulers, numbers of steps and guidance: tangents with several bud
 published recursion of BayesDiff with and without its "skip", and the same with its covariance centred. Judged by
 references of 512 trajectories whose draws are independent of all of these: correlation, ratio of means and relative L2
 of the per-pixel standard deviation, rank correlation of the images' mean, share of negative variances, against the network
-calls in all, in those of the plain pipeline. Errors are over sets of draws. References are kept (``references/``).
+calls in all, in those of the plain pipeline. Errors are over sets of draws. References are kept (``references/``),
+and with ``--only`` the results of the other ways to sample, too, if they were made with the same settings.
 """
 
 from __future__ import annotations
 
+import json
 import time
 import warnings
 from pathlib import Path
@@ -107,6 +109,16 @@ def judge(setting: Setting, sampling: Sampling, against: Tensor, repeats: int, d
     return rows
 
 
+def kept(folder: Path, settings: dict[str, Any], chosen: list[str]) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """Rows of the other ways to sample, and the command that made each, if their settings were the same."""
+    path = folder / "results.json"
+    before = json.loads(path.read_text()) if path.exists() else {"settings": {}}
+    if {k: before["settings"].get(k) for k in settings} != settings:
+        return [], {}
+    commands = {k: v for k, v in before["settings"]["commands"].items() if k not in chosen}
+    return [r for r in before["results"] if r["sampling"] in commands], commands
+
+
 def plot(rows: list[dict[str, Any]], names: list[str], trajectories: int) -> Figure:
     """Relative L2 against network calls, one panel for each way to sample."""
     columns = min(3, len(names))
@@ -167,8 +179,13 @@ def main(
     folder = results_folder("propagation", out)
     setting = Setting(samples, trajectories, seed)
     warnings.simplefilter("ignore", NegativeVarianceWarning)  # their share is a column of the table
+    settings = {
+        "trajectories": trajectories, "samples": samples, "repeats": repeats, "draws": draws, "seed": seed,
+        "model": "fashion-ddpm",
+    }  # fmt: skip
     started = time.perf_counter()
-    rows: list[dict[str, Any]] = []
+    rows, commands = kept(folder, settings, [s.name for s in chosen])
+    commands |= {s.name: command("propagation") for s in chosen}
     for sampling in tqdm(chosen, desc="ways to sample"):
         shared = reference(folder, setting, sampling)
         found = judge(setting, sampling, shared, repeats, draws)
@@ -196,14 +213,15 @@ def main(
         "correlation_sd": ".3f", "ratio": ".2f", "ratio_sd": ".2f", "relative_l2": ".2f", "rank_correlation": ".2f",
         "negative": ".0%", "seconds": ".1f",
     }  # fmt: skip
+    everything = [s for s in SAMPLINGS if s.name in commands]
+    rows.sort(key=lambda r: [s.name for s in everything].index(r["sampling"]))
     print(table(rows, columns))
-    write_figure(folder / "propagation.png", plot(rows, [s.name for s in chosen], trajectories))
+    write_figure(folder / "propagation.png", plot(rows, [s.name for s in everything], trajectories))
     record(
         folder,
         {
-            "trajectories": trajectories, "samples": samples, "repeats": repeats, "draws": draws, "seed": seed,
-            "model": "fashion-ddpm", "samplings": [vars(s) for s in chosen],
-            "seconds_without_kept_references": round(time.perf_counter() - started, 1), "command": command("propagation"),
+            **settings, "samplings": [vars(s) for s in everything], "commands": commands,
+            "seconds_without_kept_references": round(time.perf_counter() - started, 1),
         },
         rows,
     )  # fmt: skip
