@@ -34,8 +34,11 @@ from experiments.propagation.references import SAMPLINGS, Sampling, Setting, ref
 #: Network calls of tangents, in those of the plain pipeline.
 BUDGETS = (2.2, 3.3, 5.6)
 MEMBERS = (4, 8, 16, 32)
+#: What is above is drawn at the upper edge, with its number.
+OFF_SCALE = 4.0
+DEFAULT = "tangents, default"
 STYLES = {
-    "tangents": ("#c1440e", "o-"), "ensemble": ("#1f4e79", "s-"), "bayesdiff": ("#6b6b6b", "x"),
+    "tangents": ("#c1440e", "o-"), DEFAULT: ("#c1440e", "D"), "ensemble": ("#1f4e79", "s-"), "bayesdiff": ("#6b6b6b", "x"),
     "bayesdiff-centered": ("#b8860b", "^"), "redrawn at every step": ("#3c8d5a", "*"),
 }  # fmt: skip
 
@@ -119,47 +122,61 @@ def kept(folder: Path, settings: dict[str, Any], chosen: list[str]) -> tuple[lis
     return [r for r in before["results"] if r["sampling"] in commands], commands
 
 
+def series(row: dict[str, Any]) -> str:
+    """Which line of the figure a row belongs to."""
+    return DEFAULT if row["method"] == "tangents" and row["detail"].endswith("default") else row["method"]
+
+
 def plot(rows: list[dict[str, Any]], names: list[str], trajectories: int) -> Figure:
-    """Relative L2 against network calls, one panel for each way to sample."""
+    """Relative L2 against network calls, one panel for each way to sample; what is off the scale has its number."""
     columns = min(3, len(names))
     lines = -(-len(names) // columns)
-    figure = Figure(figsize=(3.6 * columns, 2.9 * lines + 0.5), layout="constrained")
-    axes = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True).flatten()
-    for axis, name in zip(axes, names, strict=False):
+    figure = Figure(figsize=(3.6 * columns, 2.7 * lines + 0.9), layout="constrained")
+    panels = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True).flatten()
+    for axis, name in zip(panels, names, strict=False):
         for method, (color, style) in STYLES.items():
-            chosen = [r for r in rows if r["sampling"] == name and r["method"] == method and "refused" not in r]
-            chosen = sorted(
-                (r for r in chosen if r.get("against", "shared") == "shared"), key=lambda r: r["calls_ratio"]
-            )
+            chosen = [r for r in rows if r["sampling"] == name and series(r) == method and "refused" not in r]
+            chosen = [r for r in chosen if r.get("against", "shared") == "shared"]
+            if method == "redrawn at every step":
+                for r in chosen:  # as many calls as the reference
+                    axis.axhline(r["relative_l2"], color=color, ls=":", lw=1.4, label=method)
+                continue
+            inside = sorted((r for r in chosen if r["relative_l2"] < OFF_SCALE), key=lambda r: r["calls_ratio"])
             if chosen:
                 axis.errorbar(
-                    [r["calls_ratio"] for r in chosen], [r["relative_l2"] for r in chosen],
-                    [r["relative_l2_sd"] for r in chosen], fmt=style, color=color, ms=5, lw=1.2, label=method,
+                    [r["calls_ratio"] for r in inside], [r["relative_l2"] for r in inside],
+                    [r["relative_l2_sd"] for r in inside], fmt=style, color=color, ms=5, lw=1.2, label=method,
                 )  # fmt: skip
-        axis.set(xscale="log", yscale="log", title=name)
-        axis.title.set_fontsize(9)
-        axis.set_xticks([2, 4, 8, 16, 32], ["2", "4", "8", "16", "32"])
+            for r in chosen:
+                if r not in inside:
+                    place, side = (r["calls_ratio"], OFF_SCALE * 0.82), 1 if method == "bayesdiff" else -1
+                    axis.plot(*place, style, color=color, ms=5)
+                    axis.annotate(
+                        f"{r['relative_l2']:,.0f}", place, (5 * side, 0), textcoords="offset points", fontsize=7,
+                        color=color, va="center", ha="left" if side > 0 else "right",
+                    )  # fmt: skip
+        axis.set(xscale="log", yscale="log", xlim=(0.8, 48), ylim=(0.06, OFF_SCALE))
+        axis.set_title(name, fontsize=9)
+        axis.set_xticks([1, 2, 4, 8, 16, 32], ["1", "2", "4", "8", "16", "32"])
         axis.set_xticks([], minor=True)
         axis.set_yticks([0.1, 0.2, 0.5, 1, 2], ["0.1", "0.2", "0.5", "1", "2"])
         axis.set_yticks([], minor=True)
+        axis.tick_params(labelbottom=True)
         axis.grid(color="#e6e6e6", lw=0.6)
         axis.spines[["top", "right"]].set_visible(False)
-    for axis in axes[len(names) :]:
+    for axis in panels[len(names) :]:
         axis.set_visible(False)
     handles: dict[str, Any] = {}
-    for axis in axes:
+    for axis in panels:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
     labels = [m for m in STYLES if m in handles]
     figure.legend(
-        handles=[handles[m] for m in labels],
-        labels=labels,
-        loc="outside lower center",
-        ncols=len(labels),
-        frameon=False,
-    )
+        handles=[handles[m] for m in labels], labels=labels, loc="outside upper center", ncols=len(labels),
+        frameon=False, fontsize=9,
+    )  # fmt: skip
     figure.supxlabel("network calls, in those of the plain pipeline", fontsize=9)
-    figure.supylabel(f"relative L2 error of per-pixel std\n(against {trajectories} trajectories)", fontsize=9)
+    figure.supylabel(f"relative L2 error of per-pixel std (against {trajectories} trajectories)", fontsize=9)
     return figure
 
 
