@@ -160,6 +160,8 @@ class Tangents:
         # By step, one for each group of samples.
         self._measured: dict[int, list[tuple[Directions, Tensor]]] = {}
         self._responses: dict[int, list[Response]] = {}
+        # Off the trajectory, as in the stages of a solver, J is another: there measurements do not know of each other.
+        self._shared = stages == 1
         self._last: list[Tensor] | None = None  # what the last measurement knows
         self._steps: list[Step] = []
         self._delta: Tensor | None = None  # δx, (K, B, C, H, W)
@@ -178,7 +180,7 @@ class Tangents:
         if due and self._delta is not None:
             self._measured[step.index] = measured = self._measure(step, self._delta, network)
             fitted = [Response.fit(*m, e) for m, e in zip(measured, self._last or repeat(None), strict=False)]
-            self._last = [r.extension for r in fitted]
+            self._last = [r.extension for r in fitted] if self._shared else None
             self._responses[step.index] = [r.to(working_dtype(step.sample)) for r in fitted]
         step = step.kept()
         self._steps.append(step)
@@ -199,7 +201,8 @@ class Tangents:
         everywhere = len(nodes) == max(step.index for step in self._steps)
         exact = everywhere and not any(chosen.probe for groups in self._measured.values() for chosen, _ in groups)
         if len(nodes) > 1 and not exact:
-            self._smooth()
+            if self._shared:
+                self._smooth()
             delta = None
             self._variances.clear()
             for step in self._steps:

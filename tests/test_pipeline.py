@@ -24,7 +24,7 @@ from bayesdiff.checks import (
 )
 from bayesdiff.posterior import LaplacePosterior
 from bayesdiff.propagate import plan
-from bayesdiff.response import smoothed
+from bayesdiff.response import Response, smoothed
 from tests import cases
 
 SAMPLERS = {
@@ -345,6 +345,19 @@ def test_the_second_pass_uses_what_all_measurements_know(batch_invariant):
 
     with mock.patch("bayesdiff.propagate.smoothed", silent):
         assert float((run() / plain - 1).abs().max()) > 0.01
+
+
+def test_measurements_of_a_two_stage_solver_do_not_know_of_each_other():
+    pipe = cases.class_pipeline(diffusers.HeunDiscreteScheduler())
+    up = UncertaintyPipeline(pipe, cases.class_posterior(pipe, 1e4), num_tangents=6, num_directions=2, refresh=2)
+    with (
+        mock.patch("bayesdiff.propagate.smoothed", wraps=smoothed) as together,
+        mock.patch("bayesdiff.propagate.Response.fit", wraps=Response.fit) as each,
+    ):
+        up([0], num_inference_steps=7, generator=seeds(3))
+    assert together.call_count == 0
+    assert each.call_count > 2
+    assert all(call.args[2] is None for call in each.call_args_list)
 
 
 def test_draws_of_tangents_are_orthogonal_and_an_ensembles_are_not():
