@@ -23,16 +23,16 @@ from experiments.common import agreement, command, fitted, record, results_folde
 
 
 def main(
-    samples: Annotated[int, typer.Option(help="Images, over all classes in turn.")] = 4,
-    steps: Annotated[int, typer.Option(help="DPM-Solver++ steps.")] = 10,
-    draws: Annotated[list[int] | None, typer.Option(help="K; may be given again. By default 16, 64, 128.")] = None,
-    repeats: Annotated[int, typer.Option(help="Sets of draws.")] = 4,
+    samples: Annotated[int, typer.Option(help="Images, over all classes in turn.")] = 2,
+    steps: Annotated[int, typer.Option(help="DPM-Solver++ steps.")] = 6,
+    draws: Annotated[list[int] | None, typer.Option(help="K; may be given again. By default 32, 64, 128.")] = None,
+    repeats: Annotated[int, typer.Option(help="Sets of draws.")] = 2,
     seed: Annotated[int, typer.Option()] = 0,
     out: Annotated[Path | None, typer.Option(help="Folder of the results.")] = None,
 ) -> None:
     """Compare maps from few draws with the one that has no Monte Carlo noise."""
     folder = results_folder("draws_check", out)
-    numbers = list(draws or (16, 64, 128))
+    numbers = list(draws or (32, 64, 128))
     pipe, data = bayesdiff.zoo.load("fashion-ddpm", scheduler="dpm++")
     posterior = fitted(seed)
     classes = [data.class_names[3 * i % 10] for i in range(samples)]
