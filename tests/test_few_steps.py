@@ -66,7 +66,7 @@ def sample(run, steps, guidance_scale=1.0, **kwargs):
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_tangents_are_the_derivative_of_the_trajectory(name, steps, guidance_scale):
     """LCM and TCD add noise in between: the same for the same generator, so that it has no derivative."""
-    pipe, posterior, kwargs = make(name, torch.float64, scale=1e4 if name in FLOAT32 else 1e8)
+    pipe, posterior, kwargs = make(name, torch.float64, scale=1e5 if name in FLOAT32 else 1e8)
     up = UncertaintyPipeline(
         pipe, posterior, num_tangents=K, refresh=1, num_directions=K, return_factors=True, return_trajectory=True
     )
