@@ -112,8 +112,9 @@ class UncertaintyPipeline:
             ``"bayesdiff"``, ``"bayesdiff-centered"``
                 The published recursion for variances, for comparison, and the same with its covariance centred
                 (:mod:`bayesdiff.recursion`); one-step samplers only.
-        num_tangents: K, or M; the relative noise of the variance is :math:`\sqrt{2/K}` per pixel. Tangents
-            cost memory and linear algebra, not network calls: those are p for each measurement.
+        num_tangents: K, or M; the relative noise of the variance is :math:`\sqrt{2/K}` per pixel, less for tangents, whose
+            draws are orthogonal (:meth:`LaplacePosterior.deviations`). Tangents cost memory and linear algebra, not network
+            calls: those are p for each measurement.
         extra_calls: How many network calls tangents may spend on measuring the denoiser's response, in those of the plain
             pipe: with 2.5, a map costs 3.5 times the images alone.
         refresh: r, steps between measurements, on average (tangents only); by default from ``extra_calls``.
@@ -254,8 +255,9 @@ class UncertaintyPipeline:
         )
         if setting not in self._probed:
             about = first, step.sample.shape[1], step.arguments, step.sample.device
-            check_affine(scheduler, *about)
-            self._probed[setting] = adds_noise(scheduler, *about)
+            outputs = step.output.shape[1]
+            check_affine(scheduler, *about, output_channels=outputs)
+            self._probed[setting] = adds_noise(scheduler, *about, output_channels=outputs)
         return self._probed[setting]
 
     def _member(self, on_sample: Callable[[Tensor], None]) -> Watch:

@@ -99,21 +99,24 @@ def check_affine(
 
 
 def adds_noise(
-    scheduler: Any, first: int = 0, channels: int = 3, arguments: dict[str, Any] | None = None,
+    scheduler: Any,
+    first: int = 0,
+    channels: int = 3,
+    arguments: dict[str, Any] | None = None,
     device: torch.device | str = "cpu",
-) -> bool:  # fmt: skip
+    *,
+    output_channels: int | None = None,
+) -> bool:
     """Whether one of the next three steps depends on the generators' seeds; not so for noise from a seed of the sampler's own.
 
     Arguments as of :func:`check_affine`.
     """
-    device = torch.device(device)
-    kept = {k: v for k, v in (arguments or {}).items() if k not in NOT_PASSED}
-    noisy = "generator" in inspect.signature(scheduler.step).parameters
     copies = [copy_scheduler(scheduler) for _ in range(2)]
     x = torch.zeros(1, channels, SIZE, SIZE, dtype=torch.float64, device=device)
-    with forked_rng(device), torch.no_grad():
+    injection = x.new_zeros(1, output_channels or channels, SIZE, SIZE)
+    with forked_rng(x.device), torch.no_grad():
         for t in scheduler.timesteps[first:][:3]:
-            one, other = (_step(s, x, x, t, kept, seed, noisy)[0] for seed, s in enumerate(copies))
+            one, other = (_step(s, x, injection, t, arguments, seed)[0] for seed, s in enumerate(copies))
             if not torch.equal(one, other):
                 return True
     return False
@@ -133,12 +136,12 @@ def measure(
     """Bend and slope error of every step, as the chain goes on. To be closed: dual numbers live in it.
 
     Args:
-        scheduler: After ``set_timesteps`` and before its first step. It is copied.
-        first: Index of the first timestep to come.
-        channels: Of the sample, C.
-        arguments: Of the first ``step``, besides model output, timestep and sample.
-        device: Where the scheduler works.
-        output_channels: Of the model output, C', if not C.
+        scheduler: With the next five as of :func:`check_affine`.
+        first: See there.
+        channels: See there.
+        arguments: See there.
+        device: See there.
+        output_channels: See there.
         step: d, relative to the values.
         seed: Of the values.
 
@@ -157,8 +160,7 @@ def measure(
 
     size = float(getattr(scheduler, "init_noise_sigma", 1.0))
     copies = [copy_scheduler(scheduler) for _ in range(3)]
-    kept = {k: v for k, v in (arguments or {}).items() if k not in NOT_PASSED}
-    noisy = "generator" in inspect.signature(scheduler.step).parameters
+    kept = _passed(arguments)
     with LinearizedScheduler(scheduler, 1) as linearized:
         linearized.scheduler.is_scale_input_called = True  # else some schedulers warn at every step
         for n, t in enumerate(scheduler.timesteps[first:][:MOST_STEPS]):
@@ -167,7 +169,7 @@ def measure(
             d_x, d_injection = step * size * normal(channels), step * normal(outputs)
             with forked_rng(device), torch.no_grad():
                 (center, gain), (up, _), (down, _) = (
-                    _step(copies[k], x + sign * d_x, injection + sign * d_injection, t, kept, n, noisy)
+                    _step(copies[k], x + sign * d_x, injection + sign * d_injection, t, arguments, n)
                     for k, sign in enumerate((0, 1, -1))
                 )
                 d_output, output = _network(d_x, gain, d_injection), _network(x, gain, injection)
@@ -178,6 +180,10 @@ def measure(
             yield Measured(
                 n, float(t), worst(up + down - 2 * center) / scale, worst(first_difference - tangent) / scale
             )
+
+
+def _passed(arguments: dict[str, Any] | None) -> dict[str, Any]:
+    return {k: v for k, v in (arguments or {}).items() if k not in NOT_PASSED}
 
 
 def _threshold_moves(scheduler: Any) -> bool:
@@ -192,7 +198,7 @@ def _network(x: Tensor, gain: float, injection: Tensor) -> Tensor:
 
 
 def _step(
-    scheduler: Any, x: Tensor, injection: Tensor, t: Tensor, arguments: dict[str, Any], seed: int, noisy: bool
+    scheduler: Any, x: Tensor, injection: Tensor, t: Tensor, arguments: dict[str, Any] | None, seed: int
 ) -> tuple[Tensor, float]:
     """One step behind the synthetic network; the next sample, and c, the scheduler's scale of the network's input."""
     gain = 1.0
@@ -205,7 +211,8 @@ def _step(
             torch.cuda.manual_seed(seed)
     np.random.seed(seed)  # noqa: NPY002
     random.seed(seed)
-    if noisy:
-        arguments = arguments | {"generator": torch.Generator(x.device).manual_seed(seed)}
-    result = scheduler.step(_network(x, gain, injection), t, x, **arguments)
+    passed = _passed(arguments)
+    if "generator" in inspect.signature(scheduler.step).parameters:
+        passed["generator"] = torch.Generator(x.device).manual_seed(seed)
+    result = scheduler.step(_network(x, gain, injection), t, x, **passed)
     return (result[0] if isinstance(result, tuple) else result.prev_sample).double(), gain

@@ -104,6 +104,15 @@ def test_what_is_not_affine_is_refused_with_what_was_measured(cls):
         check_affine(cls())
 
 
+def test_learned_variances_are_refused_for_what_they_are():
+    """The noise of such a step is scaled by the output: its derivative is that of the noise that was drawn."""
+    scheduler = diffusers.DDPMScheduler(variance_type="learned_range", clip_sample=False)
+    scheduler.set_timesteps(5)
+    with pytest.raises(UnsupportedSchedulerError, match="slope: its derivative is off"):
+        check_affine(scheduler, channels=2, output_channels=4)
+    assert adds_noise(scheduler, channels=2, output_channels=4)
+
+
 def test_a_scheduler_that_overflows_is_refused():
     scheduler = diffusers.UniPCMultistepScheduler(solver_type="bh1")  # its last step multiplies infinity by 0
     scheduler.set_timesteps(5)

@@ -1,0 +1,1 @@
+"""How linear is a sampling trajectory in the weights?"""
