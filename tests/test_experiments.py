@@ -13,6 +13,7 @@ from experiments.common import agreement, record, results_folder, table
 from experiments.draws_check import __main__ as draws_check
 from experiments.fit_overhead import __main__ as fit_overhead
 from experiments.guidance_check import __main__ as guidance_check
+from experiments.linearity_check import __main__ as linearity_check
 from experiments.mc_vs_analytic import __main__ as mc_vs_analytic
 from experiments.mc_vs_analytic.heads import Shape, fitted
 from experiments.posterior_check import __main__ as posterior_check
@@ -139,6 +140,17 @@ def test_propagation(tmp_path, monkeypatch, small_posterior):
     found = references.reference(tmp_path, references.Setting(3, 24, 0), sampling)
     assert found.shape == (3, 1, 28, 28)
     assert [path.stat().st_mtime_ns for path in kept] == times
+
+
+def test_linearity_check(tmp_path, monkeypatch, small_posterior):
+    monkeypatch.setattr(references, "fitted", lambda _: small_posterior)
+    linearity_check.main(
+        trajectories=16, samples=2, draws=8, only=["tcd-4"], references=tmp_path / "kept", out=tmp_path / "out"
+    )
+    rows = json.loads((tmp_path / "out" / "results.json").read_text())["results"]
+    assert [r["image"] for r in rows] == ["all", "0", "1"]
+    assert all(r["correlation"] > 0.6 and 0.4 < r["ratio"] < 2.5 for r in rows)
+    assert (tmp_path / "kept" / "references" / "tcd-4.safetensors").exists()
 
 
 def test_subsets_of_an_ensemble():

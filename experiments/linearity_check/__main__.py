@@ -2,8 +2,9 @@
 
     python -m experiments.linearity_check
 
-Tangents with the network's response measured at every step along every draw: nothing is left but the linearisation and the noise of
-the draws. Judged by the references of :mod:`experiments.propagation`, image by image. This is what fewer calls cannot exceed.
+Tangents with the network's response measured at every step along every draw: nothing is left but the linearisation and the
+noise of the draws. Judged by the references of :mod:`experiments.propagation`, image by image. What it shows, fewer calls
+cannot exceed.
 """
 
 from __future__ import annotations
