@@ -32,11 +32,11 @@ from bayesdiff.checks import (
 )
 from bayesdiff.fit import fit
 from bayesdiff.io import atomic_path, environment, write_json
+from bayesdiff.laplace.posterior import LaplacePosterior
+from bayesdiff.laplace.structure import COVARIANCES, STRUCTURES
 from bayesdiff.pipeline import PROPAGATIONS, UncertaintyOutput, UncertaintyPipeline
 from bayesdiff.plotting import plot_maps
-from bayesdiff.posterior import LaplacePosterior
 from bayesdiff.rng import item_generator
-from bayesdiff.structure import COVARIANCES, STRUCTURES
 
 app = typer.Typer(
     help="Pixel-wise uncertainty of diffusion and flow models.",

@@ -24,11 +24,12 @@ from bayesdiff.checks import (
     check_finite,
     check_int,
 )
-from bayesdiff.curvature import Statistics
-from bayesdiff.cut import check_settings
-from bayesdiff.head import Fold, Head, check_eval, denoiser, find_head
-from bayesdiff.noising import draw, noised
-from bayesdiff.posterior import LaplacePosterior
+from bayesdiff.diffusion.noising import draw, noised
+from bayesdiff.head.find import Head, check_eval, denoiser, find_head
+from bayesdiff.head.fold import Fold
+from bayesdiff.laplace.cut import check_settings
+from bayesdiff.laplace.posterior import LaplacePosterior
+from bayesdiff.laplace.statistics import Statistics
 from bayesdiff.rng import base_seed
 
 

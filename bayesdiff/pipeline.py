@@ -19,14 +19,14 @@ from bayesdiff.checks import (
     check_choice,
     check_int,
 )
-from bayesdiff.ensemble import Ensemble
+from bayesdiff.diffusion.parametrization import alpha_sigma, prediction_type
 from bayesdiff.gaussian import Gaussian
-from bayesdiff.head import check_eval, denoiser
-from bayesdiff.parametrization import alpha_sigma, prediction_type
-from bayesdiff.posterior import LaplacePosterior
+from bayesdiff.head.find import check_eval, denoiser
+from bayesdiff.laplace.posterior import LaplacePosterior
 from bayesdiff.probe import adds_noise, check_affine
-from bayesdiff.propagate import Propagated, Tangents
-from bayesdiff.recursion import Recursion
+from bayesdiff.propagation.ensemble import Ensemble
+from bayesdiff.propagation.recursion import Recursion
+from bayesdiff.propagation.tangents import Propagated, Tangents
 from bayesdiff.rng import base_seed, item_generator
 from bayesdiff.step import Step
 from bayesdiff.watch import GuidedNetwork, Watch
@@ -105,13 +105,13 @@ class UncertaintyPipeline:
         propagation: How a variance is carried along:
 
             ``"tangents"``
-                :math:`\delta x` of K weight draws, linearised (:mod:`bayesdiff.propagate`).
+                :math:`\delta x` of K weight draws, linearised (:mod:`bayesdiff.propagation.tangents`).
             ``"ensemble"``
-                The same pipe run again with M weight draws, variance about their mean (:mod:`bayesdiff.ensemble`;
+                The same pipe run again with M weight draws, variance about their mean (:mod:`bayesdiff.propagation.ensemble`;
                 DIFF-UQ's estimator): the reference.
             ``"bayesdiff"``, ``"bayesdiff-centered"``
                 The published recursion for variances, for comparison, and the same with its covariance centred
-                (:mod:`bayesdiff.recursion`); one-step samplers only.
+                (:mod:`bayesdiff.propagation.recursion`); one-step samplers only.
         num_tangents: K, or M; the relative noise of the variance is :math:`\sqrt{2/K}` per pixel, less for tangents, whose
             draws are orthogonal (:meth:`LaplacePosterior.deviations`). Tangents cost memory and linear algebra, not network
             calls: those are p for each measurement.

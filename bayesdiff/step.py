@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from bayesdiff.guidance import Guidance
-from bayesdiff.head import Fold, HeadGeometry
+from bayesdiff.head.fold import Fold
+from bayesdiff.head.geometry import HeadGeometry
 
 
 @dataclass(frozen=True)

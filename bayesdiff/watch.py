@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from bayesdiff.checks import UnsupportedPipelineError
 from bayesdiff.guidance import ROUNDING, Guidance, by_sample, solve
-from bayesdiff.head import Fold, Head
+from bayesdiff.head.find import Head
+from bayesdiff.head.fold import Fold
 from bayesdiff.rows import first_tensor, in_rows, repeated, row_of
 from bayesdiff.step import Step
 

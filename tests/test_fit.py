@@ -27,9 +27,9 @@ from bayesdiff.checks import (
     UnsupportedPipelineError,
     UnsupportedSchedulerError,
 )
-from bayesdiff.head import find_head
-from bayesdiff.noising import draw
-from bayesdiff.posterior import LaplacePosterior
+from bayesdiff.diffusion.noising import draw
+from bayesdiff.head.find import find_head
+from bayesdiff.laplace.posterior import LaplacePosterior
 from bayesdiff.rng import base_seed
 from tests import cases, references
 

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from bayesdiff.checks import NonFiniteError, UnsupportedPipelineError
-from bayesdiff.curvature import Statistics
 from bayesdiff.guidance import Guidance, solve
-from bayesdiff.head import Head, HeadGeometry
-from bayesdiff.posterior import LaplacePosterior
+from bayesdiff.head.find import Head
+from bayesdiff.head.geometry import HeadGeometry
+from bayesdiff.laplace.posterior import LaplacePosterior
+from bayesdiff.laplace.statistics import Statistics
 from tests import cases
 
 #: Relative error of a Monte Carlo variance of n draws is √(2/n); five of them is a rare event.

@@ -22,9 +22,9 @@ from bayesdiff.checks import (
     UnsupportedPipelineError,
     UnsupportedSchedulerError,
 )
-from bayesdiff.posterior import LaplacePosterior
-from bayesdiff.propagate import plan
-from bayesdiff.response import Response, smoothed
+from bayesdiff.laplace.posterior import LaplacePosterior
+from bayesdiff.propagation.response import Response, smoothed
+from bayesdiff.propagation.tangents import plan
 from tests import cases
 
 SAMPLERS = {
@@ -331,7 +331,7 @@ def test_the_second_pass_uses_what_all_measurements_know(batch_invariant):
         return up(batch_size=2, generator=seeds(4, 5), num_inference_steps=20).variance
 
     plain = run()
-    with mock.patch("bayesdiff.propagate.smoothed", wraps=smoothed) as spy:
+    with mock.patch("bayesdiff.propagation.tangents.smoothed", wraps=smoothed) as spy:
         assert torch.equal(run(), plain)
     places = plan(20, up.extra_calls, 4, 2)[0]
     assert spy.call_count == (2 if batch_invariant else 1)  # samples that are worked on together
@@ -343,7 +343,7 @@ def test_the_second_pass_uses_what_all_measurements_know(batch_invariant):
     def silent(measured):  # no response at all
         return [dataclasses.replace(r, **{k: 0 * v for k, v in vars(r).items()}) for r in smoothed(measured)]
 
-    with mock.patch("bayesdiff.propagate.smoothed", silent):
+    with mock.patch("bayesdiff.propagation.tangents.smoothed", silent):
         assert float((run() / plain - 1).abs().max()) > 0.01
 
 
@@ -351,8 +351,8 @@ def test_measurements_of_a_two_stage_solver_do_not_know_of_each_other():
     pipe = cases.class_pipeline(diffusers.HeunDiscreteScheduler())
     up = UncertaintyPipeline(pipe, cases.class_posterior(pipe, 1e4), num_tangents=6, num_directions=2, refresh=2)
     with (
-        mock.patch("bayesdiff.propagate.smoothed", wraps=smoothed) as together,
-        mock.patch("bayesdiff.propagate.Response.fit", wraps=Response.fit) as each,
+        mock.patch("bayesdiff.propagation.tangents.smoothed", wraps=smoothed) as together,
+        mock.patch("bayesdiff.propagation.tangents.Response.fit", wraps=Response.fit) as each,
     ):
         up([0], num_inference_steps=7, generator=seeds(3))
     assert together.call_count == 0

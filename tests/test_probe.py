@@ -14,7 +14,7 @@ import torch
 from bayesdiff import UncertaintyPipeline
 from bayesdiff.checks import UnsupportedSchedulerError
 from bayesdiff.probe import adds_noise, check_affine
-from bayesdiff.propagate import plan
+from bayesdiff.propagation.tangents import plan
 from tests import cases
 from tests.test_linearized_scheduler import ALL
 
@@ -180,7 +180,7 @@ def test_a_setting_is_probed_once():
 def test_tangents_are_told_of_noise():
     pipe = cases.class_pipeline(diffusers.DDIMScheduler(clip_sample=False))
     up = UncertaintyPipeline(pipe, cases.class_posterior(pipe, 1e4), num_tangents=2)
-    with mock.patch("bayesdiff.propagate.plan", wraps=plan) as planned:
+    with mock.patch("bayesdiff.propagation.tangents.plan", wraps=plan) as planned:
         for eta in (0.0, 0.5):
             up(0, num_inference_steps=4, eta=eta, generator=torch.Generator().manual_seed(0))
     assert [call.args[-1] for call in planned.call_args_list] == [False, True]

@@ -21,7 +21,7 @@ from diffusers import DDPMScheduler, UNet2DConditionModel
 from torch import Tensor
 
 import bayesdiff
-from bayesdiff.posterior import LaplacePosterior
+from bayesdiff.laplace.posterior import LaplacePosterior
 from experiments.common import command, record, results_folder, table
 
 SETTINGS = (("full", "sandwich"), ("diag", "ggn"))

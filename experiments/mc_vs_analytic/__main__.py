@@ -24,13 +24,13 @@ from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector
 
 import bayesdiff
-from bayesdiff.curvature import Statistics
+from bayesdiff.diffusion.noising import draw, noised
 from bayesdiff.gaussian import Gaussian
-from bayesdiff.head import Head
+from bayesdiff.head.find import Head
 from bayesdiff.io import write_figure
-from bayesdiff.links import ClampedPixel, Exceedance, Identity, Link, Sigmoid, Smooth
-from bayesdiff.noising import draw, noised
-from bayesdiff.posterior import LaplacePosterior
+from bayesdiff.laplace.links import ClampedPixel, Exceedance, Identity, Link, Sigmoid, Smooth
+from bayesdiff.laplace.posterior import LaplacePosterior
+from bayesdiff.laplace.statistics import Statistics
 from experiments.common import agreement, command, record, results_folder, table
 from experiments.fit_overhead.__main__ import sd15_unet
 from experiments.mc_vs_analytic.heads import SHAPES, Shape, fitted

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from bayesdiff.curvature import Statistics
-from bayesdiff.head import Head, HeadGeometry
+from bayesdiff.head.find import Head
+from bayesdiff.head.geometry import HeadGeometry
+from bayesdiff.laplace.statistics import Statistics
 
 
 @dataclass(frozen=True)

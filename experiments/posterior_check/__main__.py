@@ -23,9 +23,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 import bayesdiff
+from bayesdiff.diffusion.noising import draw, noised
 from bayesdiff.io import write_figure
-from bayesdiff.noising import draw, noised
-from bayesdiff.posterior import LaplacePosterior
+from bayesdiff.laplace.posterior import LaplacePosterior
 from experiments.common import agreement, command, record, results_folder, table
 
 TIMESTEPS = (20, 100, 250, 500, 750, 950)

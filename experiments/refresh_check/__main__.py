@@ -20,7 +20,8 @@ import typer
 from tqdm import tqdm
 
 import bayesdiff
-from bayesdiff import propagate, response
+from bayesdiff.propagation import response
+from bayesdiff.propagation import tangents as propagate
 from experiments.common import agreement, command, fitted, record, results_folder, table
 
 #: Scheduler and steps: (R, p) pairs.

@@ -18,12 +18,13 @@ from bayesdiff.checks import (
     PosteriorFileError,
     ShapeError,
 )
-from bayesdiff.curvature import Statistics
-from bayesdiff.evidence import evidence_prior_precision
-from bayesdiff.head import Head, HeadGeometry, find_head
-from bayesdiff.links import Exceedance, Smooth
-from bayesdiff.posterior import LaplacePosterior
-from bayesdiff.structure import nearest_kronecker
+from bayesdiff.head.find import Head, find_head
+from bayesdiff.head.geometry import HeadGeometry
+from bayesdiff.laplace.evidence import evidence_prior_precision
+from bayesdiff.laplace.links import Exceedance, Smooth
+from bayesdiff.laplace.posterior import LaplacePosterior
+from bayesdiff.laplace.statistics import Statistics
+from bayesdiff.laplace.structure import nearest_kronecker
 from tests import cases, references
 
 LAYERS = cases.layer_cases()
@@ -539,7 +540,7 @@ def test_monte_carlo_does_not_depend_on_its_chunks(monkeypatch):
     torch.testing.assert_close(whole.mean, draws.mean(0))
     torch.testing.assert_close(whole.variance, draws.var(0))
     monkeypatch.setattr(
-        "bayesdiff.predictive.CHUNK", 1
+        "bayesdiff.laplace.predictive.CHUNK", 1
     )  # one draw at a time: other draws, the same moments in the mean
     parts = run()
     assert parts.mean.shape == whole.mean.shape

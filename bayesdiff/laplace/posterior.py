@@ -1,8 +1,8 @@
 r"""The Laplace posterior over a head's weights: exact, because the problem is linear regression.
 
 With features :math:`\varphi` (D of them), the posterior of the C × D weights is :math:`\mathcal N(W, \Sigma)`: the mean is
-always the pretrained network's own weights, and Σ one of the covariances and structures of :mod:`bayesdiff.structure`, cut
-from one set of sums (:mod:`bayesdiff.curvature`).
+always the pretrained network's own weights, and Σ one of the covariances and structures of :mod:`bayesdiff.laplace.structure`,
+cut from one set of sums (:mod:`bayesdiff.laplace.statistics`).
 
 The GGN and the empirical Fisher weigh timesteps by 1/σ_t², as the likelihood does. The sandwich is the covariance of the
 estimator that was computed, the minimiser of the *training* loss, and its formula holds at that loss's minimum: so it takes the
@@ -33,16 +33,17 @@ from bayesdiff.checks import (
     check_int,
     check_positive,
 )
-from bayesdiff.curvature import Statistics
-from bayesdiff.cut import cut
-from bayesdiff.evidence import evidence_prior_precision, log_evidence
 from bayesdiff.gaussian import Gaussian
-from bayesdiff.head import Head, HeadGeometry, find_head
+from bayesdiff.head.find import Head, find_head
+from bayesdiff.head.geometry import HeadGeometry
 from bayesdiff.io import read_folder, write_folder
-from bayesdiff.links import LINK_APPROXIMATIONS, Link, push_deviations
-from bayesdiff.links import link as find_link
-from bayesdiff.predictive import closed_variance, monte_carlo
-from bayesdiff.structure import COVARIANCES, STRUCTURES, TOLERANCE, Covariance, build
+from bayesdiff.laplace.cut import cut
+from bayesdiff.laplace.evidence import evidence_prior_precision, log_evidence
+from bayesdiff.laplace.links import LINK_APPROXIMATIONS, Link, push_deviations
+from bayesdiff.laplace.links import link as find_link
+from bayesdiff.laplace.predictive import closed_variance, monte_carlo
+from bayesdiff.laplace.statistics import Statistics
+from bayesdiff.laplace.structure import COVARIANCES, STRUCTURES, TOLERANCE, Covariance, build
 
 FORMAT = 1
 
@@ -129,7 +130,7 @@ class LaplacePosterior:
 
     @property
     def approximation_error(self) -> float:
-        """What the structure leaves out: see :class:`bayesdiff.structure.Covariance`."""
+        """What the structure leaves out: see :class:`bayesdiff.laplace.structure.Covariance`."""
         return self._sigma.approximation_error
 
     @classmethod
@@ -154,7 +155,7 @@ class LaplacePosterior:
         Args:
             statistics: The sums.
             head: The head that they belong to.
-            structure: ``"full"``, ``"kron"``, ``"diag"`` or ``"lowrank"``; see :mod:`bayesdiff.structure`.
+            structure: ``"full"``, ``"kron"``, ``"diag"`` or ``"lowrank"``; see :mod:`bayesdiff.laplace.structure`.
             covariance: ``"sandwich"``, ``"ggn"`` or ``"ef"``.
             prior_precision: τ > 0, or one for each output channel; None or ``"evidence"``: the value that maximises the
                 evidence (MacKay 1992); ``"channel"``: one for each channel by evidence.
@@ -311,7 +312,7 @@ class LaplacePosterior:
             features: As they enter the layer.
             link_approx: ``"exact"``: the moments in closed form; ``"linearized"``: h(μ) and h'(μ)²σ², with μ = Wφ and
                 σ² = φᵀΣφ, which for the identity is exact too; ``"probit"``: for sigmoids; ``"mc"``: over ``n_samples`` weight
-                draws. Not every link has every one (:mod:`bayesdiff.links`).
+                draws. Not every link has every one (:mod:`bayesdiff.laplace.links`).
             n_samples: n, draws for ``"mc"`` (at least 2), and for the Jacobian-vector products of a map that is not elementwise.
             link: ``"identity"``, ``"clamped_pixel"``, ``"sigmoid"``, or a link object.
             generator: For draws.

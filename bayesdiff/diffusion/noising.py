@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bayesdiff.parametrization import alpha_sigma, is_flow, prediction_type, target
+from bayesdiff.diffusion.parametrization import alpha_sigma, is_flow, prediction_type, target
 from bayesdiff.rng import item_generator
 
 

@@ -7,7 +7,7 @@ One draw of the weights drives every step, so its deviation stays correlated alo
     Var[x_0] = (1/K) Σ_k (δx_0^k)²,                  δW^k ~ N(0, Σ)
 
 The direct term δWψ costs one more convolution and is exact at every step. The network's response J δx is measured only
-at some steps, there along a few directions (:mod:`bayesdiff.response`), as the response of the denoiser D = a x + b g:
+at some steps, there along a few directions (:mod:`bayesdiff.propagation.response`), as the response of the denoiser D = a x + b g:
 so the stiff part δx/σ_t of an ε-network's own response stays exact, as in an exponential integrator.
 
 Two passes. The first walks beside the running pipeline and measures, at p directions of its own deviations; between
@@ -18,8 +18,8 @@ network call.
 Draws that are orthogonal (:func:`bayesdiff.rng.orthogonal_normal`) leave less noise in the mean square; as many as Σ has
 dimensions leave none.
 
-Whole trajectories with other weights (:mod:`bayesdiff.ensemble`) are what this approximates; the published recursion for
-variances alone is in :mod:`bayesdiff.recursion`.
+Whole trajectories with other weights (:mod:`bayesdiff.propagation.ensemble`) are what this approximates; the published recursion for
+variances alone is in :mod:`bayesdiff.propagation.recursion`.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ import torch
 from torch import Tensor
 
 from bayesdiff.checks import NonFiniteError
-from bayesdiff.head import HeadGeometry
+from bayesdiff.diffusion.parametrization import sampling_coefficients
+from bayesdiff.head.geometry import HeadGeometry
 from bayesdiff.linearized_scheduler import LinearizedScheduler
-from bayesdiff.parametrization import sampling_coefficients
-from bayesdiff.response import Directions, Response, smoothed
+from bayesdiff.propagation.response import Directions, Response, smoothed
 from bayesdiff.rng import item_generator
 from bayesdiff.step import Step
 from bayesdiff.watch import GuidedNetwork

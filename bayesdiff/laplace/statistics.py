@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from bayesdiff.checks import EmptyDataError, ShapeError, check_finite, check_int
-from bayesdiff.head import HeadGeometry
+from bayesdiff.head.geometry import HeadGeometry
 from bayesdiff.io import read_folder, write_folder
 
 FORMAT = 1

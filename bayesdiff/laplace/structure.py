@@ -1,6 +1,6 @@
 r"""Covariances of a head's C·D weights: three ways to estimate them, four structures to keep them in.
 
-From the same sums (:mod:`bayesdiff.curvature`), with A = Σ w φφᵀ and g_i the gradient of image i:
+From the same sums (:mod:`bayesdiff.laplace.statistics`), with A = Σ w φφᵀ and g_i the gradient of image i:
 
 ========  ======================================  =====================================================
 ggn       Σ = (A + τI)⁻¹ ⊗ I_C                    generalised Gauss–Newton (MacKay 1992)

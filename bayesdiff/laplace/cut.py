@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from bayesdiff.checks import ArgumentError, check_choice, check_int
-from bayesdiff.curvature import Statistics
-from bayesdiff.evidence import evidence_noise, evidence_prior_precision
-from bayesdiff.structure import COVARIANCES, STRUCTURES
+from bayesdiff.laplace.evidence import evidence_noise, evidence_prior_precision
+from bayesdiff.laplace.statistics import Statistics
+from bayesdiff.laplace.structure import COVARIANCES, STRUCTURES
 
 
 def cut(

@@ -18,7 +18,7 @@ from diffusers import (
 )
 
 from bayesdiff.checks import UnsupportedSchedulerError
-from bayesdiff.parametrization import (
+from bayesdiff.diffusion.parametrization import (
     PREDICTIONS,
     alpha_sigma,
     clean_coefficients,

@@ -14,7 +14,7 @@ import torch
 
 from bayesdiff import UncertaintyPipeline
 from bayesdiff.checks import NegativeVarianceWarning, UnsupportedPipelineError, UnsupportedSchedulerError
-from bayesdiff.recursion import Recursion
+from bayesdiff.propagation.recursion import Recursion
 from bayesdiff.zoo import ClassConditionalPipeline
 from tests import cases, references
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from bayesdiff.gaussian import Gaussian
-from bayesdiff.head import HeadGeometry
-from bayesdiff.links import Link
+from bayesdiff.head.geometry import HeadGeometry
+from bayesdiff.laplace.links import Link
 
 #: Numbers of the outputs of one chunk of Monte Carlo draws.
 CHUNK = 2**25
@@ -25,7 +25,7 @@ CHUNK = 2**25
 def closed_variance(
     geometry: HeadGeometry, inputs: Tensor, rows: Tensor | None, scales: Tensor | None, diagonal: Tensor | None
 ) -> Tensor:
-    """φᵀΣ_cφ at every position, shaped as the layer's output; the parts as in :class:`bayesdiff.structure.Covariance`."""
+    """φᵀΣ_cφ at every position, shaped as the layer's output; the parts as in :class:`bayesdiff.laplace.structure.Covariance`."""
     total = None if rows is None else geometry.squared_norm(inputs, rows, scales)
     if diagonal is not None:
         part = geometry.squared(inputs, diagonal)

@@ -24,11 +24,11 @@ from torch.nn.utils import parameters_to_vector
 from tqdm.auto import tqdm
 
 from bayesdiff.checks import ArgumentError, EmptyDataError, ShapeError, check_choice, check_finite, check_int
-from bayesdiff.evidence import evidence_prior_precision
-from bayesdiff.head import HeadGeometry
-from bayesdiff.links import Identity
-from bayesdiff.predictive import closed_variance, monte_carlo
-from bayesdiff.structure import Covariance, build
+from bayesdiff.head.geometry import HeadGeometry
+from bayesdiff.laplace.evidence import evidence_prior_precision
+from bayesdiff.laplace.links import Identity
+from bayesdiff.laplace.predictive import closed_variance, monte_carlo
+from bayesdiff.laplace.structure import Covariance, build
 
 STRUCTURES = ("full", "diag")
 #: What of laplace-torch's settings has a meaning here.

@@ -13,7 +13,7 @@ from torch import nn
 
 from bayesdiff.checks import ArgumentError, BayesdiffWarning, NegativeVarianceError, NonFiniteError, ShapeError
 from bayesdiff.gaussian import Gaussian
-from bayesdiff.links import (
+from bayesdiff.laplace.links import (
     LINK_APPROXIMATIONS,
     LINKS,
     ClampedPixel,

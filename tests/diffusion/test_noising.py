@@ -8,8 +8,8 @@ import pytest
 import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
-from bayesdiff.noising import draw, noised
-from bayesdiff.parametrization import alpha_sigma, clean_coefficients, prediction_type
+from bayesdiff.diffusion.noising import draw, noised
+from bayesdiff.diffusion.parametrization import alpha_sigma, clean_coefficients, prediction_type
 
 SHAPE = (2, 3, 3)
 SCHEDULERS = {

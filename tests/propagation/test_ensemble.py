@@ -8,8 +8,8 @@ import torch
 
 from bayesdiff import UncertaintyPipeline, fit, zoo
 from bayesdiff.checks import ArgumentError
-from bayesdiff.ensemble import Moments
-from bayesdiff.head import Head
+from bayesdiff.head.find import Head
+from bayesdiff.propagation.ensemble import Moments
 from tests import cases
 
 

@@ -14,8 +14,8 @@ import torch
 from torch import Generator, Tensor
 
 from bayesdiff.checks import ArgumentError
-from bayesdiff.posterior import LaplacePosterior
-from bayesdiff.propagate import Propagated
+from bayesdiff.laplace.posterior import LaplacePosterior
+from bayesdiff.propagation.tangents import Propagated
 from bayesdiff.rng import item_generator
 from bayesdiff.watch import Watch
 

@@ -33,9 +33,9 @@ from bayesdiff.checks import (
     UnsupportedPipelineError,
     UnsupportedSchedulerError,
 )
+from bayesdiff.laplace.posterior import LaplacePosterior
 from bayesdiff.linearized_scheduler import LinearizedScheduler, copy_scheduler
-from bayesdiff.posterior import LaplacePosterior
-from bayesdiff.propagate import Propagated
+from bayesdiff.propagation.tangents import Propagated
 from bayesdiff.rng import item_generator
 from bayesdiff.step import Step
 from bayesdiff.watch import GuidedNetwork

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from bayesdiff import UncertaintyPipeline, fit, zoo
-from bayesdiff import response as responses
-from bayesdiff.propagate import interpolation, plan
-from bayesdiff.response import Directions, Response, smoothed
+from bayesdiff.propagation import response as responses
+from bayesdiff.propagation.response import Directions, Response, smoothed
+from bayesdiff.propagation.tangents import interpolation, plan
 from tests import references
 
 B, P = 2, 40

@@ -7,7 +7,9 @@ import torch
 from torch import nn
 
 from bayesdiff.checks import AmbiguousHeadError, HeadNotFoundError, ShapeError, UnsupportedHeadError
-from bayesdiff.head import Fold, HeadGeometry, find_head
+from bayesdiff.head.find import find_head
+from bayesdiff.head.fold import Fold
+from bayesdiff.head.geometry import HeadGeometry
 from tests import cases
 from tests.references import jacobian
 
@@ -85,7 +87,7 @@ def test_linear_algebra_equals_explicit_jacobian(case):
 
 @pytest.mark.parametrize("case", LAYERS, ids=str)
 def test_apply_is_the_layer(case):
-    from bayesdiff.head import Head
+    from bayesdiff.head.find import Head
 
     geometry = HeadGeometry.of(case.layer)
     weight = Head("", case.layer, geometry).weight().float()

@@ -1,0 +1,1 @@
+"""The forward process and what networks predict of it."""

@@ -1,0 +1,1 @@
+"""The output layer of a denoising network: where it is, and how it computes."""

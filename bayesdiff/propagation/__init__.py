@@ -1,0 +1,1 @@
+"""From the posterior of the weights to a variance at the end of a sampler."""
