@@ -8,22 +8,28 @@ from bayesdiff.head.find import Head, find_head
 from bayesdiff.laplace import links
 from bayesdiff.laplace.posterior import LaplacePosterior
 from bayesdiff.laplace.statistics import Statistics
-from bayesdiff.pipeline import UncertaintyOutput, UncertaintyPipeline
+from bayesdiff.output import UncertaintyOutput
+from bayesdiff.pipeline import UncertaintyPipeline, propagate
+from bayesdiff.propagation.settings import BayesDiff, Ensemble, Tangents
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "BayesDiff",
     "BayesdiffError",
     "BayesdiffWarning",
+    "Ensemble",
     "Gaussian",
     "Head",
     "LaplacePosterior",
     "Statistics",
+    "Tangents",
     "UncertaintyOutput",
     "UncertaintyPipeline",
     "find_head",
     "fit",
     "links",
+    "propagate",
     "rng",
     "zoo",
 ]

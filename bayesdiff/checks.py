@@ -68,6 +68,10 @@ class UnsupportedPipelineError(BayesdiffError, TypeError):
     """The pipeline does something that the package cannot follow; the message has the residual."""
 
 
+class NotRepeatableError(BayesdiffError, RuntimeError):
+    """A network or a sampler does not do the same again from the same state; the message says where."""
+
+
 class UnsupportedSchedulerError(BayesdiffError, TypeError):
     """The scheduler cannot be used for this; the message says why."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import torch
@@ -18,7 +19,7 @@ def jacobian(layer: nn.Module, inputs: Tensor) -> Tensor:
     layer = type_double(layer)
     names = [n for n, _ in layer.named_parameters()]
     parameters = {n: p.detach() for n, p in layer.named_parameters()}
-    channel = 1 if isinstance(layer, nn.Conv2d) else -1
+    channel = -1 if isinstance(layer, nn.Linear) else 1
 
     def output(values: dict[str, Tensor], x: Tensor) -> Tensor:
         out = functional_call(layer, values, (x.unsqueeze(0),))
@@ -34,10 +35,27 @@ def jacobian(layer: nn.Module, inputs: Tensor) -> Tensor:
 
 
 def type_double(layer: nn.Module) -> nn.Module:
-    """A float64 copy of a Conv2d or Linear."""
+    """A float64 copy of a layer."""
     import copy
 
     return copy.deepcopy(layer).double()
+
+
+def im2col(layer: nn.Module, inputs: Tensor) -> Tensor:
+    """φ of a layer ``(B, P, D)`` float64, one patch at a time, from the padding as the layer itself keeps it."""
+    x = inputs.double()
+    if isinstance(layer, nn.Linear):
+        phi = x.reshape(len(x), -1, x.shape[-1])
+    else:
+        mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+        x = nn.functional.pad(x, layer._reversed_padding_repeated_twice, mode=mode)
+        kernel = layer.kernel_size
+        places = itertools.product(*(range(s - k + 1) for s, k in zip(x.shape[2:], kernel, strict=True)))
+        patches = [
+            x[(..., *(slice(i, i + k) for i, k in zip(place, kernel, strict=True)))].flatten(1) for place in places
+        ]
+        phi = torch.stack(patches, dim=1)
+    return phi if layer.bias is None else torch.cat([phi, torch.ones_like(phi[..., :1])], dim=-1)
 
 
 def dense_posterior(
@@ -55,7 +73,7 @@ def dense_posterior(
 ) -> Tensor:
     """The covariance of all C·D weights, ``(C·D, C·D)``, from explicit Jacobians, one position at a time."""
     jac = jacobian(layer, inputs)  # (B, P, C, C, D)
-    channel = 1 if isinstance(layer, nn.Conv2d) else -1
+    channel = -1 if isinstance(layer, nn.Linear) else 1
     r = residuals.double().movedim(channel, -1).flatten(1, -2) if residuals.ndim > 2 else residuals.double()[:, None]
     size = jac.shape[3] * jac.shape[4]
     precision = torch.zeros(size, size, dtype=torch.float64)
@@ -92,7 +110,7 @@ def dense_variance(layer: nn.Module, inputs: Tensor, covariance: Tensor) -> Tens
     """diag(J Σ Jᵀ), shaped as the layer's output, float64."""
     jac = jacobian(layer, inputs).flatten(3)  # (B, P, C, C·D)
     variance = torch.einsum("bpci,ij,bpcj->bpc", jac, covariance, jac)
-    if isinstance(layer, nn.Conv2d):
+    if not isinstance(layer, nn.Linear):
         shape = type_double(layer)(inputs.double()).shape
         return variance.transpose(1, 2).reshape(shape)
     return variance.reshape(*inputs.shape[:-1], -1)

@@ -2,17 +2,18 @@ r"""What a layer does with its input, as features: geometry of the linear map :m
 
 from __future__ import annotations
 
+import functools
+import itertools
+import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bayesdiff.checks import (
-    ShapeError,
-    UnsupportedHeadError,
-)
+from bayesdiff.checks import ShapeError, UnsupportedHeadError
 
 #: Squares of features that are held at once.
 SQUARES = 2**18
@@ -21,19 +22,38 @@ ROWS = 256
 
 PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 
+LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+#: By the number of spatial dimensions.
+CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+SIDES = {1: "length", 2: "height, width", 3: "frames, height, width"}
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def _as_given(method: Method) -> Method:
+    """Let a method compute in the dtype of its inputs, also under autocast."""
+
+    @functools.wraps(method)
+    def run(self: HeadGeometry, inputs: Tensor, *args: Any, **kwargs: Any) -> Any:
+        with torch.autocast(inputs.device.type, enabled=False):
+            return method(self, inputs, *args, **kwargs)
+
+    return cast("Method", run)
+
 
 @dataclass(frozen=True)
 class HeadGeometry:
     r"""How features come from a layer's input, and outputs from features.
 
     Args:
-        kind: ``"conv"``: input ``(B, C_in, H, W)``, output ``(B, C, H', W')``;
-            ``"linear"``: input ``(B, ..., C_in)``, output ``(B, ..., C)``.
+        kind: ``"conv"``: input ``(B, C_in, *size)``, output ``(B, C, *size')``, with one, two or three spatial
+            dimensions; ``"linear"``: input ``(B, ..., C_in)``, output ``(B, ..., C)``.
         in_channels: C_in.
         out_channels: C.
         bias: Whether the last feature is the constant 1.
-        kernel_size: (k_h, k_w); (1, 1) for a linear layer.
-        padding: (left, right, top, bottom), as :func:`torch.nn.functional.pad` takes it.
+        kernel_size: One number for each spatial dimension, (k_h, k_w) for images; (1, 1) for a linear layer.
+        padding: Before and after each dimension, the last dimension first, as :func:`torch.nn.functional.pad` takes it:
+            (left, right, top, bottom) for images.
         padding_mode: As in ``nn.Conv2d``.
     """
 
@@ -41,8 +61,8 @@ class HeadGeometry:
     in_channels: int
     out_channels: int
     bias: bool
-    kernel_size: tuple[int, int] = (1, 1)
-    padding: tuple[int, int, int, int] = (0, 0, 0, 0)
+    kernel_size: tuple[int, ...] = (1, 1)
+    padding: tuple[int, ...] = (0, 0, 0, 0)
     padding_mode: PaddingMode = "zeros"
 
     @classmethod
@@ -50,36 +70,47 @@ class HeadGeometry:
         """The geometry of a layer.
 
         Raises:
-            UnsupportedHeadError: The layer is neither ``Conv2d`` nor ``Linear``, or is a convolution
-                with stride, dilation or groups other than 1.
+            UnsupportedHeadError: The layer is not a ``Linear``, ``Conv1d``, ``Conv2d`` or ``Conv3d`` with the forward of its
+                class, or is a convolution with stride, dilation or groups other than 1.
         """
-        if isinstance(layer, nn.Linear) and type(layer).forward is nn.Linear.forward:
+        kind = next((k for k in LAYERS if isinstance(layer, k)), None)
+        if kind is None or type(layer).forward is not kind.forward:
+            advice = ", whose forward is its own" if kind else ""
+            if hasattr(layer, "base_layer") or hasattr(layer, "lora_A"):
+                advice += "; merge its adapter into the weights and unload it first"
+            raise UnsupportedHeadError(
+                f"expected an nn.Linear, nn.Conv1d, nn.Conv2d or nn.Conv3d at {name!r}, got {type(layer).__module__}."
+                f"{type(layer).__qualname__}{advice}"
+            )
+        if isinstance(layer, nn.Linear):
             return cls("linear", layer.in_features, layer.out_features, layer.bias is not None)
-        if isinstance(layer, nn.Conv2d) and type(layer).forward is nn.Conv2d.forward:
-            for setting in ("stride", "dilation", "groups"):
-                value = getattr(layer, setting)
-                if any(v != 1 for v in (value if isinstance(value, tuple) else (value,))):
-                    raise UnsupportedHeadError(f"expected a Conv2d with {setting} 1 at {name!r}, got {setting}={value}")
-            kh, kw = layer.kernel_size
-            if layer.padding == "same":
-                pads = ((kw - 1) // 2, kw - 1 - (kw - 1) // 2, (kh - 1) // 2, kh - 1 - (kh - 1) // 2)
-            elif layer.padding == "valid":
-                pads = (0, 0, 0, 0)
-            else:
-                ph, pw = (int(p) for p in layer.padding)
-                pads = (pw, pw, ph, ph)
-            return cls(
-                "conv", layer.in_channels, layer.out_channels, layer.bias is not None, (kh, kw), pads,
-                layer.padding_mode,
-            )  # fmt: skip
-        raise UnsupportedHeadError(
-            f"expected an nn.Conv2d or nn.Linear at {name!r}, got {type(layer).__module__}.{type(layer).__qualname__}"
-        )
+        layer = cast("nn.Conv2d", layer)
+        for setting in ("stride", "dilation", "groups"):
+            value = getattr(layer, setting)
+            if any(v != 1 for v in (value if isinstance(value, tuple) else (value,))):
+                raise UnsupportedHeadError(
+                    f"expected a {kind.__name__} with {setting} 1 at {name!r}, got {setting}={value}"
+                )
+        if layer.padding == "same":
+            sides = [((k - 1) // 2, k - 1 - (k - 1) // 2) for k in layer.kernel_size]
+        elif layer.padding == "valid":
+            sides = [(0, 0)] * len(layer.kernel_size)
+        else:
+            sides = [(int(p), int(p)) for p in layer.padding]
+        return cls(
+            "conv", layer.in_channels, layer.out_channels, layer.bias is not None, tuple(layer.kernel_size),
+            tuple(p for side in reversed(sides) for p in side), layer.padding_mode,
+        )  # fmt: skip
+
+    @property
+    def taps(self) -> int:
+        """Entries of the kernel, by input channel."""
+        return math.prod(self.kernel_size)
 
     @property
     def num_weights(self) -> int:
-        """Features without the constant one: C_in·k_h·k_w."""
-        return self.in_channels * self.kernel_size[0] * self.kernel_size[1]
+        """Features without the constant one: C_in times the entries of the kernel."""
+        return self.in_channels * self.taps
 
     @property
     def in_features(self) -> int:
@@ -99,9 +130,10 @@ class HeadGeometry:
     def check(self, inputs: Tensor) -> None:
         """Raise :class:`ShapeError` unless ``inputs`` can enter the layer."""
         if self.kind == "conv":
-            if inputs.ndim != 4 or inputs.shape[1] != self.in_channels:
+            n = len(self.kernel_size)
+            if inputs.ndim != n + 2 or inputs.shape[1] != self.in_channels:
                 raise ShapeError(
-                    f"expected features (batch, {self.in_channels}, height, width), got {tuple(inputs.shape)}"
+                    f"expected features (batch, {self.in_channels}, {SIDES[n]}), got {tuple(inputs.shape)}"
                 )
         elif inputs.ndim < 2 or inputs.shape[-1] != self.in_channels:
             raise ShapeError(f"expected features (batch, ..., {self.in_channels}), got {tuple(inputs.shape)}")
@@ -110,13 +142,12 @@ class HeadGeometry:
         """The shape of the layer's output."""
         if self.kind == "linear":
             return (*inputs.shape[:-1], self.out_channels)
-        left, right, top, bottom = self.padding
-        height = inputs.shape[2] + top + bottom - self.kernel_size[0] + 1
-        width = inputs.shape[3] + left + right - self.kernel_size[1] + 1
-        return (len(inputs), self.out_channels, height, width)
+        pads = [a + b for a, b in zip(self.padding[::2], self.padding[1::2], strict=True)][::-1]
+        size = [s + p - k + 1 for s, p, k in zip(inputs.shape[2:], pads, self.kernel_size, strict=True)]
+        return (len(inputs), self.out_channels, *size)
 
     def pad(self, inputs: Tensor) -> Tensor:
-        """``inputs`` with the layer's padding: ``(B, C_in, H, W)`` to ``(B, C_in, H+.., W+..)``."""
+        """``inputs`` with the layer's padding: ``(B, C_in, *size)``, larger on each side."""
         if not any(self.padding):
             return inputs
         return F.pad(inputs, self.padding, mode="constant" if self.padding_mode == "zeros" else self.padding_mode)
@@ -128,13 +159,16 @@ class HeadGeometry:
         """
         self.check(inputs)
         if self.kind == "conv":
-            phi = F.unfold(self.pad(inputs), self.kernel_size).transpose(1, 2)
+            phi = _patches(self.pad(inputs), 2, self.kernel_size)  # (B, C_in, *size', *kernel)
+            n = len(self.kernel_size)
+            phi = phi.movedim(1, n + 1).flatten(n + 1).flatten(1, n)
         else:
             phi = inputs.flatten(1, -2) if inputs.ndim > 2 else inputs.unsqueeze(1)
         if self.bias:
             phi = torch.cat([phi, phi.new_ones(*phi.shape[:2], 1)], dim=-1)
         return phi
 
+    @_as_given
     def apply(self, inputs: Tensor, weights: Tensor) -> Tensor:
         r""":math:`W_k\varphi` for K sets of weights at once, in one convolution or matrix product.
 
@@ -143,7 +177,7 @@ class HeadGeometry:
             weights: ``(K, C', D)``; C' need not be the layer's own C.
 
         Returns:
-            ``(K, B, C', H', W')`` for a convolution, ``(K, B, ..., C')`` for a linear layer.
+            ``(K, B, C', *size')`` for a convolution, ``(K, B, ..., C')`` for a linear layer.
         """
         self.check(inputs)
         k, c, d = weights.shape
@@ -154,11 +188,12 @@ class HeadGeometry:
         kernel = flat[:, : self.num_weights]
         if self.kind == "conv":
             kernel = kernel.reshape(k * c, self.in_channels, *self.kernel_size)
-            out = F.conv2d(self.pad(inputs), kernel, bias)  # (B, K·C', H', W')
+            out = CONVOLUTIONS[len(self.kernel_size)](self.pad(inputs), kernel, bias)  # (B, K·C', *size')
             return out.unflatten(1, (k, c)).movedim(1, 0)
         out = F.linear(inputs, kernel, bias)  # (B, ..., K·C')
         return out.unflatten(-1, (k, c)).movedim(-2, 0)
 
+    @_as_given
     def squared_norm(self, inputs: Tensor, factors: Tensor, scales: Tensor | None = None) -> Tensor:
         r""":math:`\sum_k v_{ck} (F_c\varphi)_k^2` at every position, a chunk of rows at a time.
 
@@ -191,10 +226,9 @@ class HeadGeometry:
 
     def _partial(self, inputs: Tensor, rows: Tensor) -> Tensor:
         """Rφ by the input channels for which R has weights only; R ``(r, D)``."""
-        taps = self.kernel_size[0] * self.kernel_size[1]
-        used = (
-            rows[:, : self.num_weights].view(len(rows), self.in_channels, taps).ne(0).any(2).any(0).nonzero().flatten()
-        )
+        taps = self.taps
+        entries = rows[:, : self.num_weights].view(len(rows), self.in_channels, taps)
+        used = entries.ne(0).any(2).any(0).nonzero().flatten()
         first, last = (int(used[0]), int(used[-1]) + 1) if len(used) else (0, 1)
         narrow = replace(self, in_channels=last - first)
         columns = [rows[:, first * taps : last * taps]] + ([rows[:, -1:]] if self.bias else [])
@@ -227,16 +261,17 @@ class HeadGeometry:
         taken away, and the mean is put back in float64: features after an activation are far from
         centred, and their common part would cost float32 the digits that small eigenvalues need.
 
-        For a convolution the patches overlap: the product of two entries depends on where the patch
-        is only through its border rows. So the sum over all patches whose rows are inside is done once
-        for each vertical offset between two entries, and only the border rows apart: k_h times less
-        work than multiplying out the im2col matrix.
+        For a convolution the patches overlap: along the first spatial dimension ("rows") the product of two entries
+        depends on where the patch is only through its border rows. So the sum over all patches whose rows are inside is
+        done once for each offset between two entries, and only the border rows apart: k_1 times less work than
+        multiplying out the im2col matrix.
         """
         d = self.in_features
         total = torch.zeros(d, d, dtype=torch.float64, device=inputs.device)
         self.add_gram(inputs, total)
         return total
 
+    @_as_given
     def add_gram(self, inputs: Tensor, total: Tensor) -> None:
         """Add :meth:`gram` to ``total`` in place: a D × D matrix of a large head is too large to make anew for each image."""
         self.check(inputs)
@@ -251,14 +286,13 @@ class HeadGeometry:
             first, count = flat.sum(0, dtype=torch.float64), len(flat)
             shift = mean.double()
         else:
-            mean = x.mean((0, 2, 3))
-            padded = self.pad(x) - mean[:, None, None]
+            mean = x.mean((0, *range(2, x.ndim)))
+            padded = self.pad(x) - mean.view(-1, *(1,) * (x.ndim - 2))
             windows = self._shifts(padded.sum(0, keepdim=True, dtype=torch.float64))
-            kh, kw = self.kernel_size
-            shape = (self.in_channels, kh, kw)
+            shape = (self.in_channels, self.kernel_size[0], self.taps // self.kernel_size[0])
             block.unflatten(1, shape).unflatten(0, shape).add_(self._patch_products(padded))
-            first = torch.stack([w.sum((0, 2, 3)) for w in windows], dim=1).flatten()
-            count = len(x) * windows[0].shape[2] * windows[0].shape[3]
+            first = torch.stack([w.flatten(2).sum((0, 2)) for w in windows], dim=1).flatten()
+            count = len(x) * windows[0][0, 0].numel()
             shift = mean.double().repeat_interleave(len(windows))
         everything = first + count * shift  # Σ φ
         block.addr_(shift, first).addr_(everything, shift)
@@ -268,12 +302,14 @@ class HeadGeometry:
             total[n, n] += count
 
     def _patch_products(self, padded: Tensor) -> Tensor:
-        """Σ over patches of patch ⊗ patch, ``(C_in, k_h, k_w, C_in, k_h, k_w)``, for a padded convolution input."""
-        kh, kw = self.kernel_size
-        height = padded.shape[2] - kh + 1
-        # rows[r]: all horizontal patches of the padded row r, (Hp, B·W', C_in·k_w).
-        rows = padded.unfold(3, kw, 1).permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2)
-        q = self.in_channels * kw
+        """Σ over patches of patch ⊗ patch for a padded convolution input: ``(C_in, k_1, R, C_in, k_1, R)``, R entries a row."""
+        k1, taps = self.kernel_size[0], self.taps // self.kernel_size[0]
+        height = padded.shape[2] - k1 + 1
+        # rows[r]: all patches of the padded row r in the other dimensions, (Hp, B·P', C_in·R).
+        rows = _patches(padded, 3, self.kernel_size[1:]).movedim(2, 0)
+        n = len(self.kernel_size)
+        rows = rows.movedim(2, n + 1).flatten(n + 1).flatten(1, n)
+        q = self.in_channels * taps
 
         def product(first: int, last: int, offset: int) -> Tensor:  # Σ over rows first … last−1
             if first >= last:
@@ -281,12 +317,12 @@ class HeadGeometry:
             a = rows[first:last].flatten(0, 1)
             return a.T @ (a if offset == 0 else rows[first + offset : last + offset].flatten(0, 1))
 
-        blocks = padded.new_zeros(kh, q, kh, q)
-        for offset in range(kh):
-            # Rows that every position of the patch shares; none in an image lower than the kernel.
-            inner = (kh - 1 - offset, height) if height > kh - 1 - offset else None
+        blocks = padded.new_zeros(k1, q, k1, q)
+        for offset in range(k1):
+            # Rows that every position of the patch shares; none in an input lower than the kernel.
+            inner = (k1 - 1 - offset, height) if height > k1 - 1 - offset else None
             common = product(*inner, offset) if inner else None
-            for i in range(kh - offset):
+            for i in range(k1 - offset):
                 if common is None or inner is None:
                     block = product(i, i + height, offset)
                 else:
@@ -294,9 +330,10 @@ class HeadGeometry:
                 blocks[i, :, i + offset, :] = block
                 if offset:
                     blocks[i + offset, :, i, :] = block.T
-        # (k_h, C_in, k_w, k_h, C_in, k_w) to the order of the layer's weights, (C_in, k_h, k_w).
-        return blocks.view(kh, self.in_channels, kw, kh, self.in_channels, kw).permute(1, 0, 2, 4, 3, 5)
+        # (k_1, C_in, R, k_1, C_in, R) to the order of the layer's weights, (C_in, k_1, R).
+        return blocks.view(k1, self.in_channels, taps, k1, self.in_channels, taps).permute(1, 0, 2, 4, 3, 5)
 
+    @_as_given
     def outer(self, inputs: Tensor, outputs: Tensor) -> Tensor:
         r""":math:`\sum_p r_{bp}\varphi_{bp}^\top`: one gradient of the layer's weights per sample.
 
@@ -313,11 +350,18 @@ class HeadGeometry:
             return outputs.reshape(*phi.shape[:2], self.out_channels).transpose(1, 2) @ phi
         r = outputs.flatten(2)  # (B, C, P)
         grads = [r @ x.flatten(2).transpose(1, 2) for x in self._shifts(self.pad(inputs))]
-        out = torch.stack(grads, dim=-1).flatten(2)  # (B, C, C_in·k_h·k_w)
+        out = torch.stack(grads, dim=-1).flatten(2)  # (B, C, D − 1)
         return torch.cat([out, r.sum(-1, keepdim=True)], dim=-1) if self.bias else out
 
     def _shifts(self, padded: Tensor) -> list[Tensor]:
-        """Views of the padded input, one ``(B, C_in, H', W')`` for each of the k_h·k_w kernel entries."""
-        kh, kw = self.kernel_size
-        height, width = padded.shape[2] - kh + 1, padded.shape[3] - kw + 1
-        return [padded[:, :, i : i + height, j : j + width] for i in range(kh) for j in range(kw)]
+        """Views of the padded input, one ``(B, C_in, *size')`` for each entry of the kernel."""
+        patches = _patches(padded, 2, self.kernel_size)
+        entries: Any = itertools.product([...], *map(range, self.kernel_size))
+        return [patches[entry] for entry in entries]
+
+
+def _patches(padded: Tensor, first: int, sizes: tuple[int, ...]) -> Tensor:
+    """A view: patches along the dimensions from ``first`` on, their entries as further dimensions at the end."""
+    for dimension, size in enumerate(sizes, start=first):
+        padded = padded.unfold(dimension, size, 1)
+    return padded

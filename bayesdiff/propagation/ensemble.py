@@ -1,23 +1,29 @@
-r"""The reference: the same pipe run again with other weights, and the moments of what comes out.
+r"""The reference: the same function run again with other weights, and the moments of what comes out.
 
-Each of M members draws :math:`W_m \sim \mathcal N(W, \Sigma)` once and keeps it for its whole trajectory, from the same noise:
-DIFF-UQ's estimator (UAI 2025), nonlinear, M times the calls. With ``redraw`` it draws anew at every step, as if the
+Each of M members draws :math:`W_m \sim \mathcal N(W, \Sigma)` once and keeps it for its whole run, from the same noise:
+DIFF-UQ's estimator (UAI 2025), nonlinear, M times the calls. With ``redraw`` it draws anew at every network call, as if the
 errors of the steps were independent, which one network's are not: errors then average out, and the variance is too small.
+
+Before the first member the ensemble itself is tested: a run on the recorded outputs, that is with δW = 0, must give the network what
+the first run gave it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
-from bayesdiff.checks import ArgumentError
+from bayesdiff.checks import NotRepeatableError
 from bayesdiff.laplace.posterior import LaplacePosterior
-from bayesdiff.propagation.tangents import Propagated
+from bayesdiff.propagation.returned import values
+from bayesdiff.propagation.settings import Ensemble
 from bayesdiff.rng import item_generator
-from bayesdiff.watch import Watch
+from bayesdiff.tracing.before_clamp import BeforeClamp
+from bayesdiff.tracing.network import Session
 
 
 class Moments:
@@ -41,85 +47,83 @@ class Moments:
         return self._squares / (self.count - 1)
 
 
-class Ensemble:
-    """M trajectories with other weights, from the state that the pipe's generators are in when this is made.
+class EnsembleRun:
+    """M runs with other weights.
 
     Args:
+        session: The recorded run.
+        settings: M, and whether weights are redrawn.
         posterior: Of the head's weights.
-        deviations: δW of the M ≥ 2 members, ``(M, C, D)``.
-        redraw: A seed: new weights at every step, instead.
-        kwargs: The pipe's arguments, ``generator`` among them.
-
-    Raises:
-        ArgumentError: There is no generator that could be set back.
+        deviations: δW of the members, ``(M, C, D)``.
+        seed: Of weights that are redrawn.
     """
 
     def __init__(
-        self, posterior: LaplacePosterior, deviations: Tensor, redraw: int | None, kwargs: dict[str, Any]
-    ) -> None:
-        self.posterior, self.deviations, self.redraw = posterior, deviations, redraw
-        #: Network calls so far.
-        self.calls = 0
-        value = kwargs.get("generator")
-        if value is None:
-            raise ArgumentError(
-                "expected generator=… for an ensemble, so that every trajectory starts from the same noise, got none"
-            )
-        self._generators: list[Generator] = list(value) if isinstance(value, Sequence) else [value]
-        self._states = [g.get_state() for g in self._generators]
+        self, session: Session, settings: Ensemble, posterior: LaplacePosterior, deviations: Tensor, seed: int
+    ) -> None:  # fmt: skip
+        self.session, self.settings, self.posterior = session, settings, posterior
+        self.deviations, self.seed = deviations, seed
+        #: Of what the members return, before the last clamp.
+        self.result = Moments()
+        #: Each member's result, if factors were asked for.
+        self.members: list[Tensor] = []
 
-    def run(
-        self,
-        pipe: Callable[[], Any],
-        watch: Callable[[Callable[[Tensor], None]], Watch],
-        trajectory: bool = False,
-        factors: bool = False,
-    ) -> Propagated:
-        """Run the pipe M times, and leave its generators as they are now.
+    def run(self, output: Any, function: Callable[..., Any] | None = None, after: Callable[[bool], None] | None = None) -> None:
+        """All members.
 
         Args:
-            pipe: Runs it.
-            watch: Makes a :class:`~bayesdiff.watch.Watch` of it, which calls what it is given with every sample.
-            trajectory: Whether to return the variances of all steps.
-            factors: Whether to return every member's deviation from the mean.
-        """
-        now = [g.get_state() for g in self._generators]
-        last = Moments()
-        along: list[Moments] = []
-        members: list[Tensor] = []
-        try:
-            for m in range(len(self.deviations)):
-                for g, state in zip(self._generators, self._states, strict=True):
-                    g.set_state(state)
-                samples: list[Tensor] = []
-                member = watch(samples.append)
-                with member.head.shifted(self._weights(m, member)), member:
-                    pipe()
-                self.calls += member.calls
-                last.add(samples[-1])
-                if trajectory:
-                    along = along or [Moments() for _ in samples]
-                    for moments, sample in zip(along, samples, strict=True):
-                        moments.add(sample)
-                if factors:
-                    members.append(samples[-1].double())
-        finally:
-            for g, state in zip(self._generators, now, strict=True):
-                g.set_state(state)
-        away = (torch.stack(members) - last.mean) / (last.count - 1) ** 0.5 if factors else None
-        return Propagated(last.variance, last.mean, tuple(m.variance for m in along) if trajectory else None, away)
+            output: What the first run returned.
+            function: What to run, with the arguments of the session's function; by default that function.
+            after: Called after each run, with whether it was a member's.
 
-    def _weights(self, m: int, member: Watch) -> Tensor | Callable[[], Tensor]:
-        """δW of member m; that of the step it is at, if they are redrawn."""
-        seed = self.redraw
-        if seed is None:
-            return self.deviations[m]
+        Raises:
+            NotRepeatableError: A member with δW = 0 does not reproduce the first run.
+        """
+        again = self.session.replay(lambda *_: None, lambda *_: None, function)
+        if not _equal(values(output, None), values(again, None)):
+            raise NotRepeatableError(
+                "expected a member with δW = 0 to return what the first run returned, got something else: the function draws "
+                "noise from a source of its own, or remembers something between runs"
+            )
+        if after is not None:
+            after(False)
+        for m in range(self.settings.members):
+            trace = BeforeClamp()
+            with self.session.live(trace), self._weights(m):
+                found = values(self.session.run(function), trace)
+            self.result.add(found)
+            if self.settings.factors:
+                self.members.append(found.double())
+            if after is not None:
+                after(True)
+
+    @property
+    def factors(self) -> Tensor | None:
+        """Deviations F with covariance Σ_k F_k F_k', ``(M, *shape)``, if they were asked for."""
+        if not self.members:
+            return None
+        return (torch.stack(self.members) - self.result.mean) / (self.result.count - 1) ** 0.5
+
+    @contextmanager
+    def _weights(self, m: int) -> Iterator[None]:
+        """The head with δW of member m; that of the call it is at, if they are redrawn."""
+        if not self.settings.redraw:
+            with self.session.head.shifted(self.deviations[m]):
+                yield
+            return
         drawn: dict[int, Tensor] = {}
 
         def current() -> Tensor:
-            if member.steps not in drawn:
+            n = self.session.network.position - 1
+            if n not in drawn:
                 drawn.clear()
-                drawn[member.steps] = self.posterior.deviations(1, item_generator(seed, m, member.steps))[0]
-            return drawn[member.steps]
+                drawn[n] = self.posterior.deviations(1, item_generator(self.seed, m, n))[0]
+            return drawn[n]
 
-        return current
+        with self.session.head.shifted(current):
+            yield
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and torch.equal(one.nan_to_num(), other.nan_to_num())
+

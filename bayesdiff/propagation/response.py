@@ -24,11 +24,11 @@ values along V),
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 #: Eigenvalues of M below this share of the largest are left out of M⁺.
 EIGENVALUE_FLOOR = 0.01
@@ -40,6 +40,8 @@ REGULARIZATION = 0.05
 BEFORE, AFTER = 0.7, 0.3
 #: The symmetric part is kept with so many rows for each direction; more change nothing.
 ROWS_PER_DIRECTION = 2
+#: Of the rows behind :func:`reduced`, the share of mixtures.
+MIXED = 0.25
 
 
 @dataclass(frozen=True)
@@ -64,20 +66,17 @@ class Response:
         outside = delta - inside @ self.directions
         return self.gain * delta + inside @ self.excess + (outside @ self.extension.mT) @ self.extension
 
-    @classmethod
-    def measure(
-        cls, jacobian: Callable[[Tensor], Tensor], deltas: Tensor, num_directions: int, mixture: Tensor
-    ) -> Response:
-        r"""Measure J along the directions that K deviations have most of.
-
-        Args:
-            jacobian: δ ``(B, P)`` to Jδ, one network evaluation of the batch.
-            deltas: ``(B, K, P)`` float64.
-            num_directions: p, the number of calls.
-            mixture: Weights of the deviations in the last direction, ``(K,)``.
-        """
-        chosen = Directions.choose(deltas, num_directions, mixture)
-        return cls.fit(chosen, torch.stack([jacobian(v) for v in chosen.shifts()], dim=1))
+    @staticmethod
+    def weighted(pairs: Sequence[tuple[float, Response]], delta: Tensor) -> Tensor:
+        """Σ w J δ of several responses, in two matrix products."""
+        left, right, gain = [], [], torch.zeros_like(pairs[0][1].gain)
+        for weight, r in pairs:
+            gain = gain + weight * r.gain
+            # Outside the directions δ − VᵀVδ: E of that is (E − (EVᵀ)V)δ.
+            outside = r.extension - (r.extension @ r.directions.mT) @ r.directions
+            left += [r.directions, outside]
+            right += [weight * r.excess, weight * r.extension]
+        return torch.baddbmm(gain * delta, delta @ torch.cat(left, dim=1).mT, torch.cat(right, dim=1))
 
     @classmethod
     def fit(cls, chosen: Directions, images: Tensor, known: Tensor | None = None) -> Response:
@@ -225,3 +224,26 @@ def _orthonormal(rows: Tensor) -> Tensor:
     """Orthonormal rows that span the given ones, in their order: ``(B, p, P)``."""
     length = rows.square().sum(2, keepdim=True).sqrt()
     return torch.linalg.qr((rows / torch.where(length > 0, length, 1.0)).mT).Q.mT
+
+
+def reduced(deltas: Tensor, number: int, generator: Generator) -> Tensor:
+    r"""Fewer rows with nearly the same sum of squares: principal rows, and random-sign mixtures of what they leave.
+
+    With the rotated draws :math:`r_j = \sum_k u_{jk}\delta_k`, :math:`\sum_j (Jr_j)^2 = \sum_k (J\delta_k)^2` for any linear J.
+    The largest are kept. A mixture :math:`\sum_j \xi_j r_j` of the others, :math:`\xi_j = \pm 1`, has their sum of squares on average
+    (Hutchinson 1989); a quarter of the rows are such.
+
+    Args:
+        deltas: ``(1, K, P)`` float64.
+        number: Of rows, less than K.
+        generator: Of the signs.
+
+    Returns:
+        ``(1, number, P)``.
+    """
+    mixed = max(1, round(MIXED * number))
+    vectors = torch.linalg.eigh(deltas @ deltas.mT).eigenvectors
+    rows = vectors.flip(2).mT @ deltas
+    kept, rest = rows[:, : number - mixed], rows[:, number - mixed :]
+    signs = torch.randint(2, (mixed, rest.shape[1]), generator=generator).to(deltas) * 2 - 1
+    return torch.cat([kept, (signs @ rest) / mixed**0.5], dim=1)

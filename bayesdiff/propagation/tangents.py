@@ -1,303 +1,241 @@
-r"""From one step's weights to the final image: tangents along the sampler's own trajectory.
+r"""Tangents: K weight draws, linearised along one run of a sampler.
 
-One draw of the weights drives every step, so its deviation stays correlated along the trajectory:
+One draw of the weights drives every step, so its deviation stays correlated along the trajectory. The sampler's own code is
+run on dual numbers (:mod:`bayesdiff.tracing.dual`), whatever it does; the network in between takes δx and returns
 
-    δg_t     = J_t δx_t + δW ψ_t                     J_t = ∂g/∂x at x_t, ψ_t the (guided) features
-    δx_next  = (linear part of the sampler's step)(δg_t, δx_t)
-    Var[x_0] = (1/K) Σ_k (δx_0^k)²,                  δW^k ~ N(0, Σ)
+    δf_n = J_n δx_n + δW φ_n,        δW^k ~ N(0, Σ),        Var[y] = (1/K) Σ_k (δy^k)².
 
-The direct term δWψ costs one more convolution and is exact at every step. The network's response J δx is measured only
-at some steps, there along a few directions (:mod:`bayesdiff.propagation.response`), as the response of the denoiser D = a x + b g:
-so the stiff part δx/σ_t of an ε-network's own response stays exact, as in an exponential integrator.
+The direct term δWφ is exact at every call. The response J δx is measured at some calls only, there along a few directions
+(:mod:`bayesdiff.propagation.response`), as that of the denoiser D = a x + b f: so the stiff part of an ε-network's own response
+stays exact, as in an exponential integrator.
 
-Two passes. The first walks beside the running pipeline and measures, at p directions of its own deviations; between
-measurements it extrapolates from the last two. When the trajectory is known, the second takes the same linear recursion
-again, each response extended by what all measurements know, and *interpolated* over the step index. It needs no
-network call.
+The function is run several times; but for measurements, only the first run calls the network:
 
-Draws that are orthogonal (:func:`bayesdiff.rng.orthogonal_normal`) leave less noise in the mean square; as many as Σ has
-dimensions leave none.
-
-Whole trajectories with other weights (:mod:`bayesdiff.propagation.ensemble`) are what this approximates; the published recursion for
-variances alone is in :mod:`bayesdiff.propagation.recursion`.
+1. the user's run, recorded;
+2. on duals, measuring at the planned calls, and extrapolating between them, since directions are those of the deviations so far;
+3. on duals again, each response extended by what all measurements know, and interpolated; a decoder behind the last
+   network call is measured along the principal directions of its input, and a few random mixtures of what they leave;
+4. twice without duals, as a check (:mod:`bayesdiff.propagation.selfcheck`).
 """
 
 from __future__ import annotations
 
-import bisect
-import math
-from dataclasses import dataclass
-from itertools import repeat
+from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
-from bayesdiff.checks import NonFiniteError
-from bayesdiff.diffusion.parametrization import sampling_coefficients
-from bayesdiff.head.geometry import HeadGeometry
-from bayesdiff.linearized_scheduler import LinearizedScheduler
-from bayesdiff.propagation.response import Directions, Response, smoothed
+from bayesdiff.checks import UnsupportedPipelineError
+from bayesdiff.propagation.coordinates import Coordinates, branch_order
+from bayesdiff.propagation.entered import Entered, Match, floating
+from bayesdiff.propagation.plan import plan, ranks
+from bayesdiff.propagation.responder import Branches, Measured, Responder, combine
+from bayesdiff.propagation.response import Directions, reduced
+from bayesdiff.propagation.selfcheck import SelfCheck
+from bayesdiff.propagation.settings import Tangents
+from bayesdiff.propagation.steps import Direct
 from bayesdiff.rng import item_generator
-from bayesdiff.step import Step
-from bayesdiff.watch import GuidedNetwork
-
-#: d: steps between measurements shrink towards the end, where deviations grow, n ∝ 1 − (1 − u)^d for even u.
-DENSITY = 1.5
-#: By default there is a measurement in every so many steps at least, and in solvers of several stages in every so many.
-WIDEST, WIDEST_OF_STAGES = 5, 2
-#: R in √B where the sampler adds noise: such a trajectory is rough, and so is the response along it.
-SHARE_WITH_NOISE = 1.6
+from bayesdiff.tracing.network import Box, Session
+from bayesdiff.tracing.rerun import tensors
 
 
-@dataclass(frozen=True)
-class Propagated:
-    r"""What a propagator returns, in the network's space.
+class TangentRun:
+    """All passes of one run behind the first.
 
     Args:
-        variance: Of the sampler's last sample, ``(B, C, H, W)`` float64.
-        mean: Of the last sample, where the method has one of its own.
-        trajectory: The variance after each step, if asked for.
-        factors: :math:`F_k = \delta x_0^k/\sqrt K`, ``(K, B, C, H, W)``, if asked for: covariance between any two elements
-            :math:`\sum_k F_k F_k'`.
-    """
-
-    variance: Tensor
-    mean: Tensor | None = None
-    trajectory: tuple[Tensor, ...] | None = None
-    factors: Tensor | None = None
-
-
-def spread(places: list[int], number: int, density: float) -> list[int]:
-    """Some of the places, the last among them: n ∝ 1 − (1 − u)^density for even u."""
-    if number >= len(places):
-        return places
-    u = np.linspace(0, 1, number) if number > 1 else np.ones(1)
-    return [places[int(n)] for n in np.unique(((len(places) - 1) * (1 - (1 - u) ** density)).round())]
-
-
-def plan(
-    num_steps: int, extra_calls: float, refresh: int | None = None, num_directions: int | None = None, stages: int = 1,
-    noisy: bool = False,
-) -> tuple[list[int], int]:  # fmt: skip
-    r"""At which steps to measure the response, and along how many directions.
-
-    A budget of B = ``extra_calls`` × steps is spent evenly, R ≈ p ≈ √B; where the sampler adds noise and p = 3 is left, R ≈
-    1.6 √B. But R is no less than a fifth of the steps, or half of them in solvers of several stages; no less than four,
-    which a cubic needs, where p = 3 can be had; and all of them where they are five or fewer. R is one more where that
-    wastes less of B.
-
-    Args:
-        num_steps: N, calls of the scheduler's step.
-        extra_calls: Network calls of all measurements together, in those of the plain pipeline.
-        refresh: r; given, one step in r is measured on average.
-        num_directions: p; given, it is not chosen.
-        stages: Calls that make one step of the solver (2 for Heun's). Samples in different stages lie off one smooth
-            trajectory to different sides, so all measurements but the last are in one of them.
-        noisy: Whether the sampler adds noise.
-
-    Returns:
-        Steps from 1 to the last, denser late, and p ≥ 1.
-    """
-    places = sorted({*range(1, num_steps, stages), num_steps - 1} - {0})
-    last = len(places)
-    if last < 1:
-        return [], num_directions or 1
-    budget = extra_calls * num_steps
-    if refresh is not None:
-        number = last if refresh == 1 else math.ceil((num_steps - 1) / refresh)
-    elif last <= 5 and budget >= 3 * last:
-        number = last
-    else:
-        widest = WIDEST_OF_STAGES if stages > 1 else WIDEST
-        number = max(round(budget**0.5), math.ceil(last / widest), 4 if budget >= 12 else 1)
-        if noisy:
-            number = max(number, min(round(SHARE_WITH_NOISE * budget**0.5), int(budget / 3)))
-        number = max(number, number + 1, key=lambda r: r * int(budget / r))
-    number = min(number, last)
-    steps = spread(places, number, DENSITY)
-    if refresh == 1:
-        steps = list(range(1, num_steps))
-    return steps, num_directions or max(1, int(budget / len(steps)))
-
-
-class Tangents:
-    """K tangents with shared weights, carried beside a running sampler.
-
-    Args:
-        deviations: δW, ``(K, C, D)``.
-        geometry: The head's.
-        scheduler: The sampler, after ``set_timesteps`` and before its first step; copied.
-        num_steps: How many steps are to come.
-        extra_calls: Network calls that may be spent, in those of the plain pipeline; see :func:`plan`.
-        refresh: r, steps between measurements of the response, on average.
-        num_directions: p, network evaluations in one measurement.
-        directions_per_call: How many directions share one network call, of so many times the batch.
-        batch_invariant: Work on each sample by itself, so that its numbers do not depend on the batch to the last bit.
-        noisy: Whether the sampler adds noise.
+        session: The recorded run.
+        settings: What may be spent.
+        direct: From the number of a network call to δWφ at its output tensors, ``(K, …)`` each.
+        draws: K.
+        scheduler: The schedule that the network was trained with, or None.
+        stages: Network calls of one step of the solver.
+        branches: By call, which rows are branches of which sample; where that is not known each row is one.
     """
 
     def __init__(
-        self,
-        deviations: Tensor,
-        geometry: HeadGeometry,
-        scheduler: Any,
-        num_steps: int,
-        extra_calls: float = 2.5,
-        refresh: int | None = None,
-        num_directions: int | None = None,
-        directions_per_call: int = 1,
-        batch_invariant: bool = False,
-        noisy: bool = False,
-    ) -> None:
-        self.directions_per_call = directions_per_call
-        self.deviations, self.geometry, self.batch_invariant = deviations, geometry, batch_invariant
-        stages = int(getattr(scheduler, "order", 1))
-        self.refreshed, self.num_directions = plan(num_steps, extra_calls, refresh, num_directions, stages, noisy)
-        self._linearized = LinearizedScheduler(scheduler, len(deviations))
-        self._again = LinearizedScheduler(scheduler, len(deviations))  # for the second pass
-        # By step, one for each group of samples.
-        self._measured: dict[int, list[tuple[Directions, Tensor]]] = {}
-        self._responses: dict[int, list[Response]] = {}
-        # Off the trajectory, as in the stages of a solver, J is another: there measurements do not know of each other.
-        self._shared = stages == 1
-        self._last: list[Tensor] | None = None  # what the last measurement knows
-        self._steps: list[Step] = []
-        self._delta: Tensor | None = None  # δx, (K, B, C, H, W)
-        self._variances: list[Tensor] = []
+        self, session: Session, settings: Tangents, direct: Direct, draws: int, *,
+        scheduler: Any = None, stages: int = 1, branches: dict[int, Branches] | None = None,
+    ) -> None:  # fmt: skip
+        self.session, self.settings, self.direct, self.draws = session, settings, direct, draws
+        self.scheduler, self.stages, self.branches = scheduler, stages, branches or {}
+        self.dtype = torch.promote_types(floating(session.network.calls[0].output)[0].dtype, torch.float32)
+        self.selfcheck = SelfCheck(session)
+        self._modules: dict[tuple[int, int], _Module] = {}
+        self._order: dict[int, list[tuple[int, int]]] = {}
+        self._beside: list[str] = []  # modules whose output must enter the network beside the sample
+        self._second = False
 
-    def __enter__(self) -> Tangents:
-        self._linearized.__enter__()
-        return self
+    @property
+    def responder(self) -> Responder:
+        """The network's measurements."""
+        return self._module(self.session.network, 0)[0].responder
 
-    def __exit__(self, *exception: object) -> None:
-        self._linearized.__exit__(*exception)
+    def measure(self, function: Callable[..., Any] | None = None) -> None:
+        """The second run."""
+        self.session.replay(self._network, self._component, function)
+        by_box: dict[int, list[Responder]] = {}
+        for (box, _), module in self._modules.items():
+            by_box.setdefault(box, []).append(module.responder)
+        for responders in by_box.values():
+            combine(responders)
+            for responder in responders:
+                responder.finish()
 
-    def advance(self, step: Step, network: GuidedNetwork) -> None:
-        """The first pass, through one step."""
-        due = step.index in self.refreshed or not self._responses  # a run may be longer than planned
-        if due and self._delta is not None:
-            self._measured[step.index] = measured = self._measure(step, self._delta, network)
-            fitted = [Response.fit(*m, e) for m, e in zip(measured, self._last or repeat(None), strict=False)]
-            self._last = [r.extension for r in fitted] if self._shared else None
-            self._responses[step.index] = [r.to(working_dtype(step.sample)) for r in fitted]
-        step = step.kept()
-        self._steps.append(step)
-        weights = _line(list(self._responses)[-2:], step.index)
-        self._delta = self._through(self._linearized, step, self._delta, weights)
-        self._variances.append(self._delta.square().mean(0))
+    def carry(self, function: Callable[..., Any] | None = None) -> Any:
+        """The third run: what the function returns; its tangents are in ``session.trace``."""
+        self._second = True
+        return self.session.replay(self._network, self._component, function)
 
-    def finish(self, trajectory: bool = False, factors: bool = False) -> Propagated:
-        """The second pass.
+    def residual(self) -> Tensor | None:
+        """The relative error of what other measurements predict, of the worst of a sample's branches, ``(B,)``."""
+        network = id(self.session.network)
+        found = [m.responder.residual() for (box, _), m in self._modules.items() if box == network]
+        known = [f for f in found if f is not None]
+        return torch.stack(known).amax(0) if known else None
 
-        Raises:
-            NonFiniteError: There was no step, or the deviations have grown beyond all bounds.
-        """
-        if self._delta is None:
-            raise NonFiniteError("expected at least one step of the sampler, got none")
-        delta: Tensor | None = self._delta
-        nodes = list(self._responses)
-        everywhere = len(nodes) == max(step.index for step in self._steps)
-        exact = everywhere and not any(chosen.probe for groups in self._measured.values() for chosen, _ in groups)
-        if len(nodes) > 1 and not exact:
-            if self._shared:
-                self._smooth()
-            delta = None
-            self._variances.clear()
-            for step in self._steps:
-                delta = self._through(self._again, step, delta, interpolation(nodes, step.index))
-                self._variances.append(delta.square().mean(0))
-        if delta is None or not bool(torch.isfinite(delta).all()):
-            raise NonFiniteError(
-                "expected finite deviations at the end of the trajectory, got NaN or infinity; use float32 or bfloat16, "
-                "or refresh more often"
+    def _module(self, box: Box, n: int) -> tuple[_Module, int]:
+        """The responses that call n belongs to, and its number among their calls."""
+        order = self._order.setdefault(id(box), branch_order(box.calls))
+        branch, place = order[n]
+        key = (id(box), branch)
+        if key not in self._modules:
+            calls = [c for c, (other, _) in zip(box.calls, order, strict=True) if other == branch]
+            coordinates = Coordinates(self.scheduler, calls)
+            s, places = self.settings, ranks(coordinates.levels, len(calls))
+            chosen = plan(places, s.extra_calls, s.refresh, s.num_directions, self.stages, self.session.noisy)
+            shared = self.stages == 1 and len(set(places)) == len(places)
+            self._modules[key] = _Module(coordinates, Responder(chosen, self.dtype, shared, s.batch_invariant))
+        return self._modules[key], place
+
+    def _network(self, box: Box, n: int, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        entered = Entered(self.session, box, args, kwargs, output)
+        total = [t for t, f in zip(self.direct(n), tensors(output), strict=True) if f.is_floating_point()]
+        if entered:
+            response = self._respond(box, n, entered, self._branches(n, entered))
+            total = [r if t is None else t + r for t, r in zip(total, response, strict=True)]
+        if self._beside:
+            raise UnsupportedPipelineError(
+                f"expected what {', '.join(self._beside)} makes of the sample to enter the network at once, got a network "
+                'call without it; use propagation="ensemble"'
             )
-        return Propagated(
-            self._variances[-1], None, tuple(self._variances) if trajectory else None,
-            delta / len(delta) ** 0.5 if factors else None,
-        )  # fmt: skip
+        self._attach(box, n, args, kwargs, output, total)
 
-    def _smooth(self) -> None:
-        """Let every measurement know of all others."""
-        nodes, dtype = list(self._responses), working_dtype(self._steps[0].sample)
-        for group, measured in enumerate(zip(*self._measured.values(), strict=True)):
-            for n, response in zip(nodes, smoothed(measured), strict=True):
-                self._responses[n][group] = response.to(dtype)
+    def _respond(self, box: Box, n: int, entered: Entered, branches: Branches) -> list[Tensor]:
+        """J δx at every output tensor."""
+        module, place = self._module(box, n)
+        if module.match is None:
+            module.match = (entered.match(),)
+        (match,) = module.match
+        samples = branches.first(entered.rows if match is None else match.taken(entered.rows))
+        if module.due(place) and not self._second:
+            module.responder.add(place, self._measure(module, place, entered, match, branches, samples))
+        if box is self.session.network and len(entered.values) > 1:
+            self._beside.clear()
+        found = module.responder.apart(place, samples, branches)
+        if match is not None:
+            a, b = module.coordinates(place)
+            common = (module.responder.denoised(place, samples) - a * samples) / b
+            total = match.written(branches.spread(common), entered.size)
+            found = total if found is None else found + total
+        if found is None:  # nothing is known yet, and nothing in common
+            found = entered.rows.new_zeros(entered.given.number, entered.rows.shape[1], entered.size)
+        return entered.returned.unpack(found)
 
-    def _groups(self, batch: int) -> list[slice]:
-        """The samples that are worked on together: all, or each by itself."""
-        return [slice(b, b + 1) for b in range(batch)] if self.batch_invariant else [slice(0, batch)]
+    def _branches(self, n: int, entered: Entered) -> Branches:
+        """Those of the call, if their tangents are really the same."""
+        known, number = self.branches.get(n), entered.given.number
+        if known is None or known.rows.numel() != number:
+            return Branches.alone(number)
+        rows = entered.rows[known.rows]
+        return known if bool((rows == rows[:, :1]).all()) else Branches.alone(number)
 
-    def _coefficients(self, step: Step) -> tuple[Tensor, Tensor]:
-        """(a, b) of the denoiser, ``(B, 1, 1)``; (0, 1), the raw output, where the schedule is of another kind."""
-        t = torch.as_tensor(step.timestep)
-        pairs = [
-            sampling_coefficients(self._linearized.scheduler, t, c) or (0.0, 1.0) for c in step.input_scale.tolist()
-        ]
-        both = torch.tensor(pairs, dtype=torch.float64, device=step.sample.device)
-        return both[:, 0].view(-1, 1, 1), both[:, 1].view(-1, 1, 1)
+    def _measure(
+        self, module: _Module, n: int, entered: Entered, match: Match | None, branches: Branches, samples: Tensor
+    ) -> Measured:  # fmt: skip
+        """Directions, and the response along them."""
+        chosen = self._choose(module.responder, n, samples)
+        directions = chosen.directions
+        if match is None or (len(entered.values) == 1 or entered.given.listed):
+            spread = branches.spread(directions)
+            shifts = spread if match is None else match.placed(spread, entered.rows.shape[-1])
+        else:  # other arguments move with the sample, by the same combination of draws
+            combination = directions @ torch.linalg.pinv(samples.double())
+            shifts = branches.spread(combination) @ entered.rows.double()
+        images = entered.derivatives(shifts, branches.spread(chosen.safe), self.settings.directions_per_call)
+        strengths = (samples.double() @ directions.mT).square().mean(1).sqrt()
+        kept = Directions(directions.to(self.dtype), chosen.length, chosen.probe)
+        if match is None:
+            return Measured(kept, None, images.to(self.dtype), strengths, branches, (0.0, 1.0))
+        a, b = module.coordinates(n)
+        common = branches.combine(match.read(images))
+        # As the fit takes them: the response to deviations of their typical length.
+        denoised = (a * directions + b * common) * chosen.safe.unsqueeze(1)
+        if branches.rows.shape[1] == 1 and match.outputs is None:
+            return Measured(kept, denoised.to(self.dtype), None, strengths, branches, (a, b))
+        apart = images - match.written(branches.spread(common), entered.size)
+        return Measured(kept, denoised.to(self.dtype), apart.to(self.dtype), strengths, branches, (a, b))
 
-    def _measure(self, step: Step, delta: Tensor, network: GuidedNetwork) -> list[tuple[Directions, Tensor]]:
-        """Directions and the denoiser's Jδ along them, for each group."""
-        a, b = self._coefficients(step)
-        rows, shape = _rows(delta), step.sample.shape
-        groups = self._groups(shape[0])
-        mixture = torch.randn(len(delta), generator=item_generator(0, step.index), dtype=torch.float64)
-        chosen = [Directions.choose(rows[g], self.num_directions, mixture) for g in groups]
-        shifts = [torch.cat(pieces) for pieces in zip(*(c.shifts() for c in chosen), strict=True)]
-        images = []
-        for first in range(0, len(shifts), self.directions_per_call):
-            some = shifts[first : first + self.directions_per_call]
-            responses = network.derivatives([v.view(shape) for v in some])
-            images += [a[:, 0] * v + b[:, 0] * r.to(v).flatten(1) for v, r in zip(some, responses, strict=True)]
-        stacked = torch.stack(images, dim=1)
-        return [(c, stacked[g]) for c, g in zip(chosen, groups, strict=True)]
+    def _choose(self, responder: Responder, n: int, rows: Tensor) -> Directions:
+        mixture = torch.randn(rows.shape[1], generator=item_generator(0, n), dtype=torch.float64)
+        return responder.choose(rows, mixture)
 
-    def _through(
-        self, linearized: LinearizedScheduler, step: Step, delta: Tensor | None, weights: dict[int, float]
-    ) -> Tensor:
-        """One step of the recursion, the response a sum of measured ones."""
-        groups = self._groups(len(step.sample))
-        shifts = [step.of(g).shift(self.geometry, self.deviations) for g in groups]
-        d_output = (shifts[0] if len(shifts) == 1 else torch.cat(shifts, dim=1)).double()  # δWψ
-        if delta is None:
-            delta = torch.zeros_like(d_output)
+    def _component(self, box: Box, n: int, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        entered = Entered(self.session, box, args, kwargs, output)
+        if not entered:
+            return
+        strange = [v for v in tree_leaves(output) if hasattr(v, "__dict__") and not isinstance(v, Tensor)]
+        if strange or not entered.outputs:
+            raise UnsupportedPipelineError(
+                f"expected {box.name}, which is given the sample, to return tensors, got {type((strange or [output])[0]).__name__}; "
+                'use propagation="ensemble"'
+            )
+        network = self.session.network
+        total: list[Tensor]
+        if network.position >= len(network.calls):  # behind the last network call
+            if not self._second:
+                return
+            total = self._decode(n, entered)
+        elif entered.match() is not None:
+            total = self._respond(box, n, entered, Branches.alone(entered.given.number))
         else:
-            a, b = self._coefficients(step)
-            rows = _rows(delta).to(working_dtype(step.sample))
-            denoised = torch.cat([self._respond(weights, i, rows[g]) for i, g in enumerate(groups)]).double()
-            d_output = d_output + ((denoised - a * _rows(delta)) / b).transpose(0, 1).reshape(delta.shape)
-        return linearized.step(d_output, delta, step.output, step.timestep, step.sample, **step.arguments)
+            # An argument of the next network call beside the sample: measured with it, and moved as it is moved.
+            module, place = self._module(network, network.position)
+            if self._second or not module.due(place):
+                return
+            self._beside.append(box.name)
+            chosen = self._choose(module.responder, place, entered.rows)
+            images = entered.derivatives(chosen.directions, chosen.safe).to(self.dtype)
+            total = entered.returned.unpack((entered.rows @ chosen.directions.to(entered.rows).mT) @ images)
+        self._attach(box, n, args, kwargs, output, list(total))
 
-    def _respond(self, weights: dict[int, float], group: int, rows: Tensor) -> Tensor:
-        return sum((w * self._responses[n][group](rows) for n, w in weights.items()), torch.zeros_like(rows))
+    def _decode(self, n: int, entered: Entered) -> list[Tensor]:
+        """Tangents behind a decoder: of every draw, or of principal directions and mixtures of the rest."""
+        rows, number = entered.rows.double(), self.settings.decoder_calls
+        if number < rows.shape[1]:
+            rows = torch.cat([reduced(r, number, item_generator(1, n)) for r in rows.split(1)])
+        norm = rows.square().sum(2, keepdim=True).sqrt()
+        length = norm[..., 0].square().sum(1, keepdim=True).div(self.draws).sqrt()
+        unit = rows / torch.where(norm > 0, norm, 1.0)
+        images = entered.derivatives(unit, torch.where(length > 0, length, 1.0), self.settings.directions_per_call)
+        return entered.returned.unpack((norm * images).to(self.dtype))
+
+    def _attach(self, box: Box, n: int, args: Any, kwargs: Any, output: Any, total: list[Tensor | None] | list[Tensor]) -> None:
+        for f, tangents in zip(floating(output), total, strict=True):
+            if tangents is not None:
+                self.session.trace.attach(f, tangents)
+        if self._second:
+            self.selfcheck.remember(box, n, args, kwargs, list(total))
 
 
-def _rows(delta: Tensor) -> Tensor:
-    """``(K, B, C, H, W)`` to ``(B, K, C·H·W)`` float64."""
-    return delta.double().flatten(2).transpose(0, 1).contiguous()
+class _Module:
+    """What is known of one module's responses."""
 
+    def __init__(self, coordinates: Coordinates, responder: Responder) -> None:
+        self.coordinates, self.responder = coordinates, responder
+        self.match: tuple[Match | None] | None = None  # once it was looked for
 
-def working_dtype(sample: Tensor) -> torch.dtype:
-    """What responses are applied in: float64 for a float64 network, float32 for all others."""
-    return torch.promote_types(sample.dtype, torch.float32)
-
-
-def _line(nodes: list[int], n: int) -> dict[int, float]:
-    """Weights of the line through the last two of the nodes, at n."""
-    if len(nodes) < 2 or n == nodes[-1]:
-        return dict.fromkeys(nodes[-1:], 1.0)
-    share = (n - nodes[1]) / (nodes[1] - nodes[0])
-    return {nodes[0]: -share, nodes[1]: 1 + share}
-
-
-def interpolation(nodes: list[int], n: int) -> dict[int, float]:
-    """Weights of the cubic through the four nodes around n (Lagrange); the line through the last two beyond them."""
-    if n >= nodes[-1]:
-        return _line(nodes[-2:], n)
-    after = bisect.bisect_right(nodes, n)
-    first = min(max(after - 2, 0), max(len(nodes) - 4, 0))
-    chosen = nodes[first : first + 4]
-    weights = {m: math.prod((n - k) / (m - k) for k in chosen if k != m) for m in chosen}
-    return {m: w for m, w in weights.items() if w}
+    def due(self, n: int) -> bool:
+        """Whether to measure at call n."""
+        return n in self.responder.plan.nodes

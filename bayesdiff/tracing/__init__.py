@@ -1,1 +1,1 @@
-"""Derivatives of a sampler's own code: dual numbers, and the networks in between."""
+"""Any PyTorch code, followed op by op: values as they are, tangents beside them."""

@@ -53,7 +53,7 @@ def test_unknown_network():
         (nn.Conv2d(4, 4, 3, dilation=2), "dilation"),
         (nn.Conv2d(4, 4, 3, groups=2), "groups"),
         (nn.ConvTranspose2d(4, 4, 3), "ConvTranspose2d"),
-        (nn.Conv1d(4, 4, 3), "Conv1d"),
+        (nn.ConvTranspose1d(4, 4, 3), "ConvTranspose1d"),
     ],
 )
 def test_unsupported_layers_are_refused_by_name(layer, message):

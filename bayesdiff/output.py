@@ -1,0 +1,95 @@
+"""What a run with uncertainty returns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bayesdiff.gaussian import Gaussian
+from bayesdiff.propagation.returned import main_result
+
+
+@dataclass(frozen=True, repr=False)
+class UncertaintyOutput:
+    r"""What :func:`bayesdiff.propagate` and an :class:`UncertaintyPipeline` return.
+
+    Args:
+        output: What the function or pipe returned, whole and unchanged.
+        variance: Over the posterior of the weights, shaped as the main result (``(B, C, H, W)`` for images, ``(B, F, C, H, W)`` for
+            frames: channels where PyTorch has them), float32, in the square of its units (pixels: 0–1), before the last
+            clamp. Those of BayesDiff's recursion can be negative.
+        calls: Network calls in all, the plain run's included; one on G times the batch counts as G.
+        plain_calls: The plain run's own.
+        other_calls: Evaluations of other modules (a VAE's decoder, a ControlNet) beyond the plain run's.
+        latents: A pipeline's last sample and its variance (0 where that is negative), in the network's space. The mean is the pipe's
+            own for tangents, the members' mean for ensembles, the recursion's E[x] for BayesDiff. None outside a pipeline.
+        steps: For each step of a pipeline's scheduler, what it is given (guided) and its variance, which is the closed form
+            wherever that is a weighted sum of the network's outputs, and else an estimate from the draws.
+        exact_steps: For each step, whether its variance is the closed form.
+        residual: For tangents, how far the measurements of the network's response are from what the others predict, relative, one
+            number for each sample; a map with a large one is not to be trusted. None for other methods.
+        selfcheck: For tangents, the relative difference between them and two runs that were moved to both sides.
+        trajectory: If asked for, the sample after each step and its variance, in the network's space.
+        factors: If asked for, F ``(K, …)`` float32 in the units of the result: the covariance of any two of its numbers is
+            :math:`\sum_k F_k F_k'`.
+    """
+
+    output: Any
+    variance: Tensor
+    calls: int
+    plain_calls: int
+    other_calls: int = 0
+    latents: Gaussian | None = None
+    steps: list[Gaussian] = field(default_factory=list)
+    exact_steps: list[bool] = field(default_factory=list)
+    residual: Tensor | None = None
+    selfcheck: float = float("nan")
+    trajectory: list[Gaussian] | None = None
+    factors: Tensor | None = None
+
+    @property
+    def images(self) -> Any:
+        """The main result: the pipe's images, frames or audio, or what the function returned."""
+        return main_result(self.output)
+
+    @property
+    def std(self) -> Tensor:
+        """Standard deviation, shaped and in the units as :attr:`variance` says; 0 where a variance is negative."""
+        return self.variance.clamp(min=0).sqrt()
+
+    def scores(self) -> dict[str, Tensor]:
+        r"""Numbers for whole samples, ``(B,)`` each.
+
+        ``total_variance``
+            :math:`\sum_p v_p` over all numbers of a sample: the trace of the covariance, BayesDiff's image score.
+        ``mean_std``, ``max_std``
+            Over pixels and channels, in their units.
+        ``top_share``
+            With factors, the share of the trace that one direction carries: near 1, one mode of the image is unsure; near 0,
+            many independent details are.
+        ``effective_rank``
+            With factors, :math:`(\sum_k\lambda_k)^2/\sum_k\lambda_k^2` of the covariance's eigenvalues; at most K.
+        """
+        std = self.std.double().flatten(1)
+        scores = {
+            "total_variance": self.variance.double().flatten(1).sum(1), "mean_std": std.mean(1), "max_std": std.amax(1),
+        }  # fmt: skip
+        if self.factors is not None:
+            rows = self.factors.double().flatten(2).transpose(0, 1)
+            values = torch.linalg.eigvalsh(rows @ rows.mT).clamp(min=0)  # rounding
+            total = values.sum(1)
+            scores["top_share"] = values.amax(1) / total
+            scores["effective_rank"] = total.square() / values.square().sum(1)
+        return scores
+
+    def __repr__(self) -> str:
+        """One line, no tensors."""
+        std = self.std
+        residual = "" if self.residual is None else f", residual {float(self.residual.max()):.2g}"
+        return (
+            f"UncertaintyOutput(std {tuple(std.shape)}, mean {float(std.mean()):.3g}, largest {float(std.max()):.3g}{residual}, "
+            f"{self.calls} network calls of which {self.plain_calls} plain)"
+        )

@@ -1,0 +1,143 @@
+"""Where along a run to measure the network's response, along how many directions, and what lies in between.
+
+A run calls its network N times, at noise levels that its timesteps name. The place of a call on the trajectory is the rank u of its
+level: a solver of two stages comes to one level twice, once by prediction and once corrected, and both have one place. Responses
+are interpolated over u.
+"""
+
+from __future__ import annotations
+
+import bisect
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+#: d: calls between measurements shrink towards the end, where deviations grow, n ∝ 1 − (1 − u)^d for even u.
+DENSITY = 1.5
+#: By default there is a measurement in every so many calls at least, and in solvers of several stages in every so many.
+WIDEST, WIDEST_OF_STAGES = 5, 2
+#: R in √B where the sampler adds noise: such a trajectory is rough, and so is the response along it.
+SHARE_WITH_NOISE = 1.6
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which calls are measured.
+
+    Args:
+        nodes: Their numbers, ascending.
+        num_directions: p, network evaluations at each.
+        places: u of every call of the run.
+    """
+
+    nodes: tuple[int, ...]
+    num_directions: int
+    places: tuple[float, ...]
+
+    def line(self, n: int, known: Sequence[int]) -> dict[int, float]:
+        """Weights of the line through the last two of the known nodes, at call n; a node's own response at that node."""
+        if n in known:
+            return {n: 1.0}
+        return _line(known[-2:], [self.places[m] for m in known[-2:]], self.places[n])
+
+    def cubic(self, n: int, known: Sequence[int]) -> dict[int, float]:
+        """Weights of the cubic through the four known nodes around call n (Lagrange); a line beyond the last."""
+        places = [self.places[m] for m in known]
+        if n in known or self.places[n] >= places[-1]:
+            return self.line(n, known)
+        first = min(max(bisect.bisect_right(places, self.places[n]) - 2, 0), max(len(known) - 4, 0))
+        chosen = range(first, min(first + 4, len(known)))
+        at = self.places[n]
+        weights = {
+            known[i]: math.prod((at - places[j]) / (places[i] - places[j]) for j in chosen if j != i) for i in chosen
+        }
+        return {m: w for m, w in weights.items() if w}
+
+
+def _line(nodes: Sequence[int], places: Sequence[float], at: float) -> dict[int, float]:
+    if len(nodes) < 2 or at == places[-1]:
+        return dict.fromkeys(nodes[-1:], 1.0)
+    share = (at - places[1]) / (places[1] - places[0])
+    return {nodes[0]: -share, nodes[1]: 1 + share}
+
+
+def ranks(levels: Sequence[float] | None, number: int) -> tuple[float, ...]:
+    """u of each call: the rank of its level in the order in which levels come; without levels, its number."""
+    if levels is None or len(set(levels)) < 2:
+        return tuple(map(float, range(number)))
+    falling = levels[0] > levels[-1]
+    order = {level: float(i) for i, level in enumerate(sorted(set(levels), reverse=falling))}
+    return tuple(order[level] for level in levels)
+
+
+def spread(places: Sequence[int], number: int, density: float) -> list[int]:
+    """Some of the places, the last among them: n ∝ 1 − (1 − u)^density for even u."""
+    if number >= len(places):
+        return list(places)
+    u = np.linspace(0, 1, number) if number > 1 else np.ones(1)
+    return [places[int(n)] for n in np.unique(((len(places) - 1) * (1 - (1 - u) ** density)).round())]
+
+
+def candidates(places: Sequence[float], stages: int = 1) -> list[int]:
+    """Calls that may be measured, their u ascending: the last at each level, one in so many stages, not the first, which has no tangents."""
+    last: dict[float, int] = {}
+    for n, u in enumerate(places):
+        last[u] = n
+    distinct = len(last) == len(places)
+    kept = [n for n in last.values() if n > 0 and (not distinct or stages == 1 or n % stages == 0)]
+    if len(places) - 1 not in kept and len(places) > 1 and places[-1] > max((places[n] for n in kept), default=-1.0):
+        kept.append(len(places) - 1)
+    kept.sort(key=lambda n: (places[n], n))
+    # Where a sampler goes back to more noise, calls and levels come in different orders: only what ascends in both is kept.
+    ascending: list[int] = []
+    for n in kept:
+        if not ascending or n > ascending[-1]:
+            ascending.append(n)
+    return ascending
+
+
+def plan(
+    places: Sequence[float], extra_calls: float, refresh: int | None = None, num_directions: int | None = None,
+    stages: int = 1, noisy: bool = False,
+) -> Plan:  # fmt: skip
+    r"""At which calls to measure the response, and along how many directions.
+
+    A budget of B = ``extra_calls`` × N is spent evenly, R ≈ p ≈ √B; where the sampler adds noise and p = 3 is left, R ≈
+    1.6 √B. But R is no less than a fifth of the calls, or half of them in solvers of several stages; no less than four,
+    which a cubic needs, where p = 3 can be had; and all of them where they are five or fewer. R is one more where that
+    wastes less of B.
+
+    Args:
+        places: u of the N calls.
+        extra_calls: Evaluations of all measurements together, in the N of the plain run.
+        refresh: r; given, one call in r is measured on average; with 1 every one.
+        num_directions: p; given, it is not chosen.
+        stages: Calls that make one step of the solver.
+        noisy: Whether the sampler adds noise.
+
+    Returns:
+        Calls from 1 to the last, denser late, and p ≥ 1.
+    """
+    number_of_calls = len(places)
+    if refresh == 1:
+        return Plan(tuple(range(1, number_of_calls)), num_directions or max(1, int(extra_calls)), tuple(places))
+    able = candidates(places, stages)
+    last = len(able)
+    if last < 1:
+        return Plan((), num_directions or 1, tuple(places))
+    budget = extra_calls * number_of_calls
+    repeated = len(set(places)) < number_of_calls
+    if refresh is not None:
+        number = math.ceil((number_of_calls - 1) / refresh)
+    elif last <= 5 and budget >= 3 * last:
+        number = last
+    else:
+        widest = WIDEST_OF_STAGES if stages > 1 or repeated else WIDEST
+        number = max(round(budget**0.5), math.ceil(last / widest), 4 if budget >= 12 else 1)
+        if noisy:
+            number = max(number, min(round(SHARE_WITH_NOISE * budget**0.5), int(budget / 3)))
+        number = max(number, number + 1, key=lambda r: r * int(budget / r))
+    nodes = spread(able, min(number, last), DENSITY)
+    return Plan(tuple(nodes), num_directions or max(1, int(budget / len(nodes))), tuple(places))

@@ -1,0 +1,231 @@
+"""The responses of one network along one run: measured at the planned calls, interpolated at the others.
+
+Rows of a network call that are branches of one sample (classifier-free guidance) share its tangents, so one evaluation of the whole
+batch measures all of them. What is extended outside the measured directions is the response of their *combination* with the
+guidance weights w, so that its errors are not multiplied by them:
+
+    J_m δ = J δ + (J_m − J)V c,    J = Σ_m w_m J_m,    c = Vᵀδ
+
+Each branch has its own response within the directions, and the combination's outside.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bayesdiff.propagation.plan import Plan
+from bayesdiff.propagation.response import Directions, Response, smoothed
+
+
+@dataclass(frozen=True)
+class Branches:
+    """Which rows of a call are branches of which sample.
+
+    Args:
+        rows: ``(B, M)``, row numbers.
+        weights: w, ``(B, M)`` float64, summing to 1.
+        share: Of the whole call in what the scheduler is given, ``(B,)`` float64; other calls may have the rest.
+    """
+
+    rows: Tensor
+    weights: Tensor
+    share: Tensor
+
+    @classmethod
+    def alone(cls, number: int) -> Branches:
+        """Each row a sample of its own."""
+        ones = torch.ones(number, dtype=torch.float64)
+        return cls(torch.arange(number)[:, None], ones[:, None], ones)
+
+    def first(self, rows: Tensor) -> Tensor:
+        """One row of each sample, ``(B, …)`` of ``(R, …)``."""
+        return rows if self.rows.shape[1] == 1 and len(self.rows) == len(rows) else rows[self.rows[:, 0]]
+
+    def combine(self, rows: Tensor) -> Tensor:
+        """Σ_m w_m of the rows of each sample, ``(B, …)`` of ``(R, …)``."""
+        if self.rows.shape[1] == 1:
+            return self.first(rows)
+        w = self.weights.to(rows.device, rows.dtype)
+        return torch.einsum("bm,bm...->b...", w, rows[self.rows])
+
+    def spread(self, samples: Tensor) -> Tensor:
+        """What belongs to each sample to all its rows, ``(R, …)`` of ``(B, …)``."""
+        if self.rows.shape[1] == 1 and torch.equal(self.rows[:, 0], torch.arange(len(samples))):
+            return samples
+        out = samples.new_empty(self.rows.numel(), *samples.shape[1:])
+        out[self.rows.flatten()] = samples.repeat_interleave(self.rows.shape[1], dim=0)
+        return out
+
+
+@dataclass
+class Measured:
+    """One measurement.
+
+    Args:
+        chosen: V ``(B, p, P)`` and the length of the deviations.
+        images: The combination's JV as a denoiser's, ``(B, p, P)``; None where input and output do not match.
+        apart: What the rows' own outputs have beyond it, ``(R, p, Q)``; None where that is nothing.
+        strengths: How much of the deviations lies along each direction, ``(B, p)``.
+        branches: Of the call.
+        coefficients: (a, b) of the call.
+    """
+
+    chosen: Directions
+    images: Tensor | None
+    apart: Tensor | None
+    strengths: Tensor
+    branches: Branches
+    coefficients: tuple[float, float]
+
+
+class Responder:
+    """The responses of one module along one run.
+
+    Args:
+        plan: Where they are measured.
+        dtype: That they are applied in.
+        shared: Whether measurements know of each other; not so where calls lie off one smooth trajectory.
+        by_sample: Whether to work on each sample by itself, so that its numbers do not depend on the batch to the last bit.
+    """
+
+    def __init__(self, plan: Plan, dtype: torch.dtype, shared: bool, by_sample: bool) -> None:
+        self.plan, self.dtype, self.shared, self.by_sample = plan, dtype, shared, by_sample
+        self.measured: dict[int, Measured] = {}
+        self._responses: dict[int, list[Response]] = {}
+        self._known: list[Tensor | None] = []
+        self._second = False
+
+    def groups(self, batch: int) -> list[slice]:
+        """The samples that are worked on together: all, or each by itself."""
+        return [slice(b, b + 1) for b in range(batch)] if self.by_sample else [slice(0, batch)]
+
+    def choose(self, deltas: Tensor, mixture: Tensor) -> Directions:
+        """Directions for δ ``(B, K, P)``, and the weights of the last, ``(K,)``."""
+        number = self.plan.num_directions
+        parts = [Directions.choose(deltas[g].double(), number, mixture) for g in self.groups(len(deltas))]
+        return Directions(
+            torch.cat([p.directions for p in parts]), torch.cat([p.length for p in parts]), parts[0].probe
+        )
+
+    def add(self, n: int, measured: Measured) -> None:
+        """The measurement at call n, in the first pass."""
+        self.measured[n] = measured
+        self.refit(n)
+
+    def refit(self, n: int) -> None:
+        """Fit the response at n, from itself and what came before."""
+        measured = self.measured[n]
+        if measured.images is None:
+            return
+        groups = self.groups(len(measured.images))
+        known = self._known or [None] * len(groups)
+        fitted = [
+            Response.fit(_part(measured.chosen, g), measured.images[g].double(), k if self.shared else None)
+            for g, k in zip(groups, known, strict=True)
+        ]
+        self._known = [r.extension for r in fitted]
+        self._responses[n] = [r.to(self.dtype) for r in fitted]
+
+    def finish(self) -> None:
+        """All measurements are made: extend each by what the others know; from now on interpolate."""
+        self._second = True
+        nodes = list(self._responses)
+        if not self.shared or len(nodes) < 2 or not any(self.measured[n].chosen.probe for n in nodes):
+            return
+        for g, group in enumerate(self.groups(len(self.measured[nodes[0]].chosen.directions))):
+            images = [self.measured[n].images for n in nodes]
+            pairs = [
+                (_part(self.measured[n].chosen, group), i[group].double())
+                for n, i in zip(nodes, images, strict=True)
+                if i is not None
+            ]
+            for n, response in zip(nodes, smoothed(pairs), strict=True):
+                self._responses[n][g] = response.to(self.dtype)
+
+    def residual(self) -> Tensor | None:
+        """How far each measurement is from what the others predict of it, relative, ``(B,)``; None with fewer than two.
+
+        Along its directions, weighted by how much of the deviations lies there.
+        """
+        nodes = sorted(self._responses)
+        if len(nodes) < 2:
+            return None
+        above = below = torch.zeros(len(self.measured[nodes[0]].strengths), dtype=torch.float64)
+        for n in nodes:
+            others = [m for m in nodes if m != n]
+            m = self.measured[n]
+            assert m.images is not None
+            weighted = m.chosen.directions * m.strengths.to(m.chosen.directions).unsqueeze(2)
+            weights = self.plan.cubic(n, others)
+            found = torch.cat([
+                Response.weighted([(w, self._responses[o][g]) for o, w in weights.items()], weighted[group].to(self.dtype))
+                for g, group in enumerate(self.groups(len(weighted)))
+            ])
+            size = m.chosen.safe.unsqueeze(1).to(found)
+            wanted = m.images * m.strengths.to(found).unsqueeze(2) / size
+            above = above + (found - wanted).double().square().sum((1, 2)).cpu()
+            below = below + wanted.double().square().sum((1, 2)).cpu()
+        return (above / below).sqrt()
+
+    def weights(self, n: int) -> dict[int, float]:
+        """Of the measurements, at call n."""
+        nodes = sorted(self.measured)
+        if not nodes:
+            return {}
+        return self.plan.cubic(n, nodes) if self._second else self.plan.line(n, nodes)
+
+    def denoised(self, n: int, deltas: Tensor) -> Tensor:
+        """Jδ of the combination's denoiser, ``(B, K, P)``; 0 before the first measurement, as at pure noise."""
+        if not self._responses:
+            return torch.zeros_like(deltas)
+        parts = []
+        for g, group in enumerate(self.groups(len(deltas))):
+            pairs = [(w, self._responses[m][g]) for m, w in self.weights(n).items()]
+            parts.append(Response.weighted(pairs, deltas[group]))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def apart(self, n: int, deltas: Tensor, branches: Branches) -> Tensor | None:
+        """What the rows' own outputs have beyond the combination's, ``(R, K, Q)``."""
+        total: Tensor | None = None
+        for m, w in self.weights(n).items():
+            measured = self.measured[m]
+            if measured.apart is None:
+                continue
+            inside = deltas @ measured.chosen.directions.to(deltas).mT
+            part = w * (branches.spread(inside) @ measured.apart)
+            total = part if total is None else total + part
+        return total
+
+
+def combine(responders: list[Responder]) -> None:
+    """Branches that were called apart: their combination is what is extended, as within one call."""
+    if len(responders) < 2 or any(set(r.measured) != set(responders[0].measured) for r in responders):
+        return
+    for n in responders[0].measured:
+        parts = [r.measured[n] for r in responders]
+        same = all(
+            p.images is not None and torch.equal(p.chosen.directions, parts[0].chosen.directions)
+            and p.coefficients == parts[0].coefficients
+            and (p.apart is None or p.apart.shape[-1] == p.images.shape[-1]) for p in parts
+        )  # fmt: skip
+        shares = torch.stack([p.branches.share for p in parts]) if len({len(p.branches.share) for p in parts}) == 1 else None
+        total = None if shares is None else shares.sum(0)
+        if not same or shares is None or total is None or bool((total.abs() < 1e-3 * shares.abs().amax(0)).any()):
+            continue
+        images = torch.stack([p.images for p in parts if p.images is not None])
+        weights = (shares / total).to(images)[..., None, None]
+        common = (weights * images).sum(0)
+        (_, b), size = parts[0].coefficients, parts[0].chosen.safe.unsqueeze(1).to(images)
+        for r, p, own in zip(responders, parts, images, strict=True):
+            difference = (own - common) / (b * size)
+            apart = p.branches.spread(difference)
+            p.images = common
+            p.apart = apart if p.apart is None else p.apart + apart
+            r.refit(n)
+
+
+def _part(chosen: Directions, group: slice) -> Directions:
+    return Directions(chosen.directions[group].double(), chosen.length[group], chosen.probe)

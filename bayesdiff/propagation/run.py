@@ -1,0 +1,208 @@
+"""One run of a function or a pipeline with uncertainty, from the first call to the map."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bayesdiff.checks import BayesdiffWarning, NonFiniteError, UnsupportedPipelineError, UnsupportedSchedulerError
+from bayesdiff.diffusion.parametrization import alpha_sigma, prediction_type
+from bayesdiff.gaussian import Gaussian
+from bayesdiff.head.find import Head
+from bayesdiff.laplace.posterior import LaplacePosterior
+from bayesdiff.output import UncertaintyOutput
+from bayesdiff.propagation.ensemble import EnsembleRun, Moments
+from bayesdiff.propagation.recursion import Recursion
+from bayesdiff.propagation.returned import returned
+from bayesdiff.propagation.settings import BayesDiff, Ensemble, Settings, Tangents
+from bayesdiff.propagation.steps import Direct, DrawnVariance, branches, step_variance
+from bayesdiff.propagation.tangents import TangentRun
+from bayesdiff.tracing.network import Session, modules_of
+from bayesdiff.tracing.rerun import Rerun
+from bayesdiff.tracing.rows import in_rows
+from bayesdiff.tracing.step import OnStep, Probe, Spy, Step, call_step, previous_sample
+
+
+class UncertainRun:
+    """A function or a pipeline, run with uncertainty.
+
+    Args:
+        function: What is run: a function, or a pipeline.
+        network: Its denoising network.
+        head: The network's output layer.
+        posterior: Of the head's weights.
+        settings: How a variance is carried.
+        deviations: δW, ``(K, C, D)``.
+        seed: For what else is drawn.
+        args: The function's arguments.
+        kwargs: Its named arguments.
+    """
+
+    def __init__(
+        self, function: Callable[..., Any], network: nn.Module, head: Head, posterior: LaplacePosterior, settings: Settings,
+        deviations: Tensor, seed: int, args: tuple[Any, ...], kwargs: dict[str, Any],
+    ) -> None:  # fmt: skip
+        self.function, self.posterior, self.settings = function, posterior, settings
+        self.deviations, self.seed = deviations, seed
+        self.run = Rerun(function, args, kwargs)
+        self.scheduler = getattr(function, "scheduler", None)
+        rows = in_rows(network) if settings.batch_invariant else None
+        self.session = Session(self.run, network, head, modules_of(self.run, args, kwargs, network), rows)
+        self.direct = Direct(self.session, posterior.geometry, deviations, by_sample=settings.batch_invariant)
+        self.steps: list[Step] = []
+
+    def __call__(self) -> UncertaintyOutput:
+        """All of it; the generators end where one plain run leaves them."""
+        try:
+            output = self.session.record()
+            self._probe()
+            if isinstance(self.settings, Ensemble):
+                return self._ensemble(output, self.settings)
+            if isinstance(self.settings, BayesDiff):
+                return self._recursion(output, self.settings)
+            assert isinstance(self.settings, Tangents)
+            return self._tangents(output, self.settings)
+        finally:
+            self.run.settle()
+
+    def again(self, on_step: OnStep | None = None) -> Callable[..., Any] | None:
+        """The function for later runs: a pipe without its progress bar, whose scheduler's steps are seen."""
+        if self.scheduler is None:
+            return None
+        clone = copy.copy(self.function)
+        if on_step is not None:
+            vars(clone)["scheduler"] = Spy(self.scheduler, on_step)
+        bar = getattr(clone, "_progress_bar_config", None) or {}
+        vars(clone)["_progress_bar_config"] = {**bar, "disable": True}
+        return clone
+
+    def _probe(self) -> None:
+        """See every step, and which rows of the network's outputs it is given."""
+        if self.scheduler is None:
+            return
+        probe = Probe(self.session)
+        self.session.replay(probe.on_network, lambda *_: None, self.again(probe.on_step))
+        self.steps = probe.steps
+        if not self.steps:
+            warnings.warn(
+                f"expected {type(self.function).__name__} to call its scheduler's step, got no call: there are no steps and no "
+                "latents in the output", BayesdiffWarning, stacklevel=5,
+            )  # fmt: skip
+        else:
+            check_schedule(self.scheduler, self.steps[0].timestep)
+
+    def _predicted(self) -> dict[str, Any]:
+        """What is given to each step, and its variance."""
+        calls = self.session.network.calls
+        variances = [step_variance(s, calls, self.posterior, by_sample=self.settings.batch_invariant) for s in self.steps]
+        exact = [v is not None for v in variances]
+        if not all(exact):
+            drawn = DrawnVariance(self.session, self.direct)
+            self.session.replay(drawn.on_network, lambda *_: None, self.again(drawn.on_step))
+            variances = [d if v is None else v for v, d in zip(variances, drawn.variances, strict=True)]
+        found = [v for v in variances if v is not None]
+        steps = [Gaussian(s.output.to(v.dtype), v) for s, v in zip(self.steps, found, strict=True)]
+        return {"steps": steps, "exact_steps": exact}
+
+    def _counts(self) -> dict[str, int]:
+        s = self.session
+        return {"calls": s.evaluations, "plain_calls": len(s.network.calls), "other_calls": s.other_evaluations}
+
+    def _tangents(self, output: Any, settings: Tangents) -> UncertaintyOutput:
+        scheduler = settings.schedule if settings.schedule is not None else self.scheduler
+        run = TangentRun(
+            self.session, settings, self.direct, len(self.deviations), scheduler=scheduler,
+            stages=int(getattr(self.scheduler, "order", 1) or 1), branches=branches(self.steps),
+        )  # fmt: skip
+        predicted = self._predicted()
+        run.measure(self.again())
+        along: list[Gaussian] = []
+
+        def on_step(original: Callable[..., Any], given: dict[str, Any]) -> Any:
+            result = call_step(original, given)
+            with self.session.trace.paused():
+                sample = previous_sample(result)
+                t = self.session.trace.tangents(sample)
+                variance = torch.zeros_like(sample).float() if t is None else t.square().mean(0).float()
+                along.append(Gaussian(sample.detach().float().clone(), variance))
+                del along[: 0 if settings.trajectory else -1]
+            return result
+
+        again = run.carry(self.again(on_step))
+        found = returned(again, self.session.trace)
+        tangents = found.tangents.double()
+        variance = tangents.square().sum(0) / len(self.deviations)
+        if not bool(torch.isfinite(variance).all()):
+            raise NonFiniteError(
+                "expected finite deviations at the end of the run, got NaN or infinity; use float32 or bfloat16, or more extra_calls"
+            )
+        factors = (tangents / len(self.deviations) ** 0.5).float() if settings.factors else None
+        selfcheck = run.selfcheck.run(self.again())
+        return UncertaintyOutput(
+            output, variance.float(), **self._counts(), **predicted, latents=along[-1] if along else None,
+            residual=run.residual(), selfcheck=selfcheck, trajectory=along if settings.trajectory and along else None,
+            factors=factors,
+        )  # fmt: skip
+
+    def _ensemble(self, output: Any, settings: Ensemble) -> UncertaintyOutput:
+        run = EnsembleRun(self.session, settings, self.posterior, self.deviations, self.seed)
+        predicted = self._predicted()
+        moments: list[Moments] = []
+        samples: list[Tensor] = []
+
+        def on_step(original: Callable[..., Any], given: dict[str, Any]) -> Any:
+            result = call_step(original, given)
+            samples.append(previous_sample(result).detach().clone())
+            del samples[: 0 if settings.trajectory else -1]
+            return result
+
+        def after(member: bool) -> None:
+            if member:
+                moments.extend(Moments() for _ in samples[len(moments) :])
+                for m, sample in zip(moments, samples, strict=True):
+                    m.add(sample)
+            samples.clear()
+
+        run.run(output, self.again(on_step), after)
+        along = [Gaussian(m.mean.float(), m.variance.float()) for m in moments]
+        factors = run.factors
+        return UncertaintyOutput(
+            output, run.result.variance.float(), **self._counts(), **predicted, latents=along[-1] if along else None,
+            trajectory=along if settings.trajectory and along else None,
+            factors=None if factors is None else factors.float(),
+        )  # fmt: skip
+
+    def _recursion(self, output: Any, settings: BayesDiff) -> UncertaintyOutput:
+        if self.scheduler is None or not self.steps:
+            raise UnsupportedPipelineError(
+                "expected a pipeline with a scheduler for the recursion of BayesDiff, got a function; use "
+                'propagation="tangents"'
+            )
+        run = Recursion(self.session, self.posterior, settings, self.scheduler, self.seed)
+        again = self.session.replay(run.on_network, lambda *_: None, self.again(run.on_step))
+        predicted = self._predicted()
+        result = run.finish(again)
+        return UncertaintyOutput(output, result.variance, **self._counts(), **predicted, latents=result.latents, trajectory=result.trajectory)
+
+
+def check_schedule(scheduler: Any, timestep: Any) -> None:
+    """Refuse ε-prediction from (almost) zero terminal signal.
+
+    Raises:
+        UnsupportedSchedulerError: The first step divides the network's error by √ᾱ ≈ 0.
+    """
+    if not hasattr(scheduler, "alphas_cumprod") or prediction_type(scheduler) != "epsilon":
+        return
+    first = torch.as_tensor(timestep).flatten()[0]
+    alpha = float(alpha_sigma(scheduler, first)[0])
+    if alpha < 1e-3:
+        raise UnsupportedSchedulerError(
+            f"expected √ᾱ_t ≥ 0.001 at the first timestep of an ε-prediction sampler, got {alpha:.2g} at t = {float(first):g}: "
+            "the step divides the network's error by it (zero terminal SNR); use timestep_spacing='leading', another "
+            "schedule, or a v-prediction network"
+        )

@@ -1,0 +1,355 @@
+"""Networks as black boxes: called once for their values, then answering from a record.
+
+A function that samples is run several times (:mod:`bayesdiff.propagation.tangents`). In the first run every module that it calls
+does its work, and what it returns is recorded. In all later runs each call returns the record, and whoever runs the function
+says what else is done at it: attach tangents, measure a response, move the value a little. The runs must agree: a call whose
+inputs differ from those of the first run is an error.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten_with_path, tree_leaves
+
+from bayesdiff.checks import NotRepeatableError, UnsupportedPipelineError, check_finite
+from bayesdiff.head.find import Head
+from bayesdiff.tracing.dual import DualNumbers
+from bayesdiff.tracing.rerun import Rerun, copied, reachable, same_state, tensors
+from bayesdiff.tracing.tail import Tail, reading
+
+#: A tensor among the arguments with no more numbers than this may be a timestep or a noise level.
+SMALL = 64
+
+_lock = threading.Lock()
+
+
+@dataclass
+class Call:
+    """What is kept of one call of a module.
+
+    Args:
+        output: What it returned, tensors copied.
+        sums: Two sums over every tensor among its arguments, to recognise them by.
+        scalars: Small numeric arguments by their place, ``(1,)`` or ``(R,)`` float64 on the CPU.
+        features: φ, what entered the head.
+        tail: From the head's output to the network's.
+        rounding: ε of the coarsest arithmetic that was seen in the call.
+        agreement: ⟨x, f⟩ of the first tensor that entered and the first that came out, where they have one shape.
+    """
+
+    output: Any
+    sums: list[float]
+    scalars: dict[str, Tensor]
+    features: Tensor | None = None
+    tail: Tail | None = None
+    rounding: float = 0.0
+    agreement: float = 0.0
+
+
+class Box:
+    """A module's method, whose calls are recorded and replayed.
+
+    Args:
+        name: For messages.
+        module: The module.
+        method: ``"forward"``, or another method that is called from outside.
+    """
+
+    def __init__(self, name: str, module: nn.Module, method: str = "forward") -> None:
+        self.name, self.module, self.method = name, module, method
+        self.original: Callable[..., Any] = getattr(module, method)
+        self.calls: list[Call] = []
+        self.position = 0
+
+
+Handler = Callable[[Box, int, tuple[Any, ...], dict[str, Any], Any], None]
+
+
+class Session:
+    """One function with its network and other modules, run again and again.
+
+    Args:
+        run: The function.
+        network: The denoising network.
+        head: Its output layer.
+        components: Other modules that the function may call, by name.
+        in_rows: A wrapper of the network's ``forward`` that evaluates it row by row, if that is wanted.
+    """
+
+    def __init__(
+        self, run: Rerun, network: nn.Module, head: Head, components: dict[str, nn.Module] | None = None,
+        in_rows: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None,
+    ) -> None:  # fmt: skip
+        self.run, self.head = run, head
+        self.network = Box("the network", network)
+        if in_rows is not None:
+            self.network.original = in_rows(self.network.original)
+        distinct = {id(module): (name, module) for name, module in (components or {}).items()}
+        self.others = [
+            Box(name if method == "forward" else f"{name}.{method}", module, method)
+            for name, module in distinct.values()
+            for method in _methods(module)
+        ]
+        #: Evaluations of the network so far, and of the other modules.
+        self.evaluations = self.other_evaluations = 0
+        #: Whether random numbers were drawn between the network's calls.
+        self.noisy = False
+        self.trace = DualNumbers()
+        self._inside = False
+        self._on_network: Handler | None = None
+        self._on_component: Handler | None = None
+        self._checked = True
+        self._recording = self._live = False
+        self._states: list[Any] = []
+        self._first: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+
+    def record(self) -> Any:
+        """The first run: the function as it is.
+
+        Raises:
+            UnsupportedPipelineError: It does not call the network.
+            NotRepeatableError: The network draws random numbers, or gives the same call another answer.
+        """
+        self._recording = True
+        try:
+            with self._installed():
+                value = self.run()
+        finally:
+            self._recording = False
+        if not self.network.calls:
+            raise UnsupportedPipelineError(
+                f"expected the function to call {type(self.network.module).__name__}, got no call of it"
+            )
+        self._ask_again()
+        return value
+
+    def replay(
+        self, on_network: Handler, on_component: Handler | None = None, function: Callable[..., Any] | None = None,
+        *, checked: bool = True,
+    ) -> Any:  # fmt: skip
+        """Another run on the record, traced.
+
+        Args:
+            on_network: What is done at each network call: given the box, its number, the arguments and the recorded output
+                (a copy, to which tangents may be attached).
+            on_component: The same for calls of other modules.
+            function: Another function with the same arguments; by default the same.
+            checked: Whether inputs must be those of the first run.
+        """
+        self._on_network, self._on_component, self._checked = on_network, on_component, checked
+        for box in (self.network, *self.others):
+            box.position = 0
+        self.trace = DualNumbers()
+        with self._installed(), torch.no_grad(), self.trace:
+            return self.run(function)
+
+    def evaluate(self, box: Box, args: tuple[Any, ...], kwargs: dict[str, Any], number: int = 1) -> Any:
+        """The module itself, with other arguments; counted as ``number`` evaluations."""
+        if box is self.network:
+            self.evaluations += number
+        else:
+            self.other_evaluations += number
+        inside, self._inside = self._inside, True
+        try:
+            with torch.no_grad():
+                return box.original(*args, **kwargs)
+        finally:
+            self._inside = inside
+
+    @contextmanager
+    def live(self, trace: DualNumbers) -> Iterator[None]:
+        """A context in which the function runs on the modules themselves, network calls counted, traced by ``trace``."""
+        self._live = True
+        self.network.position = 0
+        self.trace = trace
+        try:
+            with self._installed(), torch.no_grad(), trace:
+                yield
+        finally:
+            self._live = False
+
+    @contextmanager
+    def _installed(self) -> Iterator[None]:
+        """The boxes put over their modules' methods, and taken off again."""
+        with ExitStack() as stack:
+            for box in (self.network, *self.others):
+                stack.enter_context(_over(box, self._call))
+            yield
+
+    def _call(self, box: Box, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self._inside or (box is not self.network and not tensors((args, kwargs))):
+            return box.original(*args, **kwargs)
+        if self._recording:
+            return self._record(box, args, kwargs)
+        if self._live:
+            box.position += 1
+            with self.trace.paused():
+                return self.evaluate(box, args, kwargs)
+        n, box.position = box.position, box.position + 1
+        if n >= len(box.calls):
+            raise NotRepeatableError(
+                f"expected {len(box.calls)} calls of {box.name} in every run, as in the first, got another: the function "
+                "remembers something between its runs"
+            )
+        call = box.calls[n]
+        self._inside = True
+        try:
+            with self.trace.paused():
+                if self._checked:
+                    _same(box, n, call, args, kwargs)
+                output = copied(call.output)
+                handler = self._on_network if box is self.network else self._on_component
+                if handler is not None:
+                    handler(box, n, args, kwargs, output)
+                return output
+        finally:
+            self._inside = False
+
+    def _record(self, box: Box, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        sums, scalars = _sums(args, kwargs), _scalars(args, kwargs)
+        self._inside = True
+        try:
+            if box is not self.network:
+                output = box.original(*args, **kwargs)
+                box.calls.append(Call(copied(output), sums, scalars))
+                return output
+            before = self.run.states()
+            if box.calls:
+                self.noisy |= not same_state(self._states, before)
+            else:
+                self._first = copied((args, kwargs))
+            with torch.no_grad(), reading(self.head) as read:
+                output = box.original(*args, **kwargs)
+            self.evaluations += 1
+            self._states = self.run.states()
+            if not same_state(before, self._states):
+                raise NotRepeatableError(
+                    f"expected {type(box.module).__name__} to be a function of its inputs, got one that draws random numbers "
+                    "(dropout?): call .eval() on it, or remove what is random"
+                )
+            features, tail, rounding = read.result(output)
+            previous = box.calls[-1].tail if box.calls else None
+            tail = tail if previous is None else tail.sharing(previous)
+            kept = copied(output)
+            given, returned = tensors((args, kwargs)), tensors(kept)
+            for f in returned:
+                check_finite("network outputs", f, "the network overflows in this dtype: use bfloat16 or float32")
+            alike = bool(returned) and given[0].shape == returned[0].shape
+            agreement = float((given[0].double() * returned[0].double()).sum()) if alike else 0.0
+            box.calls.append(Call(kept, sums, scalars, features, tail, rounding, agreement))
+            return output
+        finally:
+            self._inside = False
+
+    def _ask_again(self) -> None:
+        """The first call once more: a network with a memory answers otherwise."""
+        if self._first is None:
+            return
+        args, kwargs = self._first
+        again = tensors(self.evaluate(self.network, args, kwargs))
+        for one, other in zip(tensors(self.network.calls[0].output), again, strict=True):
+            if not torch.equal(one, other):
+                apart = float((one.double() - other.double()).abs().max())
+                raise NotRepeatableError(
+                    f"expected {type(self.network.module).__name__} to give the same call the same answer, got a difference "
+                    f"of {apart:.3g} (largest output: {float(one.abs().max()):.3g}): it remembers earlier calls (a block "
+                    "cache?) or computes with random numbers"
+                )
+        self._first = None
+
+
+@contextmanager
+def _over(box: Box, call: Callable[[Box, tuple[Any, ...], dict[str, Any]], Any]) -> Iterator[None]:
+    """``call`` in the place of a module's method, on the instance; what was there before comes back."""
+    attributes = box.module.__dict__
+
+    @functools.wraps(box.original)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        return call(box, args, kwargs)
+
+    wrapper._bayesdiff = True  # type: ignore[attr-defined]
+    with _lock:
+        before = attributes.get(box.method)
+        if getattr(before, "_bayesdiff", False):
+            raise UnsupportedPipelineError(
+                f"expected one run of {box.name} at a time, got another in this or another thread: give each thread a network of "
+                "its own, or a lock"
+            )
+        attributes[box.method] = wrapper
+    try:
+        yield
+    finally:
+        with _lock:
+            if before is None:
+                del attributes[box.method]
+            else:
+                attributes[box.method] = before
+
+
+def _methods(module: nn.Module) -> list[str]:
+    """``forward`` and the public methods that come with the class that defines it."""
+    found = ["forward"]
+    for cls in type(module).__mro__:
+        for name, value in vars(cls).items():
+            if callable(value) and not isinstance(value, type) and name[0] != "_" and name not in found:
+                found.append(name)
+        if "forward" in vars(cls):
+            break
+    return found
+
+
+def modules_of(run: Rerun, args: tuple[Any, ...], kwargs: dict[str, Any], network: nn.Module) -> dict[str, nn.Module]:
+    """The modules that a function is given or brings along, but for those that are, hold or belong to the network."""
+    found: dict[str, nn.Module] = {}
+    own = set(map(id, network.modules()))
+    for value in tree_leaves((args, kwargs, list(reachable(run.function)))):
+        if isinstance(value, nn.Module) and id(value) not in own and not own & set(map(id, value.modules())):
+            found.setdefault(f"{type(value).__name__} ({len(found)})", value)
+    unique = {id(m): name for name, m in reversed(found.items())}
+    return {name: m for name, m in found.items() if unique[id(m)] == name}
+
+
+def _sums(args: Any, kwargs: Any) -> list[float]:
+    with torch.no_grad():
+        values = [x.detach() for x in tensors((args, kwargs)) if not x.is_complex() and x.numel() and not x.is_meta]
+        return [v for x in values for v in (float(x.double().sum()), float(x.double().square().sum()))]
+
+
+def _scalars(args: Any, kwargs: Any) -> dict[str, Tensor]:
+    """Numbers and small tensors among the arguments."""
+    found: dict[str, Tensor] = {}
+    for path, leaf in tree_flatten_with_path((args, kwargs))[0]:
+        if isinstance(leaf, bool) or not isinstance(leaf, int | float | Tensor):
+            continue
+        value = torch.as_tensor(leaf).detach()
+        if value.is_complex() or value.numel() == 0 or value.is_meta:
+            continue
+        flat = value.flatten().double().cpu() if value.numel() <= SMALL else value.flatten()
+        if value.numel() > SMALL:
+            if value.ndim > 2 or not bool((flat == flat[0]).all()):
+                continue
+            flat = flat[:1].double().cpu()
+        found[str(path)] = flat[:1] if bool((flat == flat[0]).all()) else flat
+    return found
+
+
+def _same(box: Box, n: int, call: Call, args: Any, kwargs: Any) -> None:
+    sums = _sums(args, kwargs)
+    if sums != call.sums and not _both_nan(sums, call.sums):
+        raise NotRepeatableError(
+            f"expected call {n} of {box.name} to have the inputs of the first run, got others (sums {sums[:2]} instead of "
+            f"{call.sums[:2]}): the sampler draws noise from a source of its own, or remembers something between runs; give it "
+            "its noise through generator= or a noise sampler with a seed"
+        )
+
+
+def _both_nan(one: list[float], other: list[float]) -> bool:
+    return len(one) == len(other) and all(a == b or (a != a and b != b) for a, b in zip(one, other, strict=True))

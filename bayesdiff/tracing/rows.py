@@ -1,0 +1,135 @@
+"""The rows of a network call: which numbers of its tensors belong to which sample.
+
+A network takes a batch and gives each row what it would give that row alone. Its tensors have the rows first, ``(R, …)``; some
+networks take and return lists instead, one tensor a row. What is of neither form is one row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from bayesdiff.checks import UnsupportedPipelineError
+
+
+@dataclass(frozen=True)
+class Rows:
+    """How a list of tensors is cut into R rows.
+
+    Args:
+        shapes: Of the tensors.
+        number: R.
+        listed: Whether each tensor is a row.
+    """
+
+    shapes: tuple[torch.Size, ...]
+    number: int
+    listed: bool = False
+
+    @classmethod
+    def of(cls, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> tuple[Rows, Rows]:
+        """The rows of what enters a network with tangents, and of what it returns."""
+        given, returned = tuple(x.shape for x in inputs), tuple(x.shape for x in outputs)
+        lengths = {s[0] if len(s) else 1 for s in (*given, *returned)}
+        if len(lengths) == 1 and all(len(s) > 1 for s in (*given, *returned)):
+            (number,) = lengths
+            return cls(given, number), cls(returned, number)
+        if len(given) == len(returned) > 1 and len(set(given)) == len(set(returned)) == 1:
+            return cls(given, len(given), True), cls(returned, len(returned), True)
+        return cls(given, 1), cls(returned, 1)
+
+    def row_shape(self, i: int) -> torch.Size:
+        """What a row has of tensor i."""
+        shape = self.shapes[i]
+        return shape[1:] if not self.listed and len(shape) and shape[0] == self.number else shape
+
+    def pack(self, parts: Sequence[Tensor], lead: int = 0) -> Tensor:
+        """Tensors to ``(R, *lead, P)``; with ``lead`` = 1 each has a dimension of tangents in front."""
+        if self.listed:
+            return torch.stack([p.flatten(lead) for p in parts])
+        flat = [p.reshape(*p.shape[:lead], self.number, -1) for p in parts]
+        joined = flat[0] if len(flat) == 1 else torch.cat(flat, dim=-1)
+        return joined if lead == 0 else joined.transpose(0, 1)
+
+    def unpack(self, rows: Tensor) -> list[Tensor]:
+        """``(R, P)``, or ``(R, L, P)``, back to tensors: ``(…)``, or ``(L, …)``."""
+        lead = rows.shape[1:-1]
+        if self.listed:
+            return [row.reshape(*lead, *shape) for row, shape in zip(rows, self.shapes, strict=True)]
+        sizes = [shape.numel() // self.number for shape in self.shapes]
+        pieces = rows.movedim(0, -2).split(sizes, dim=-1)
+        return [piece.reshape(*lead, *shape) for piece, shape in zip(pieces, self.shapes, strict=True)]
+
+
+def repeated(value: Any, rows: int, times: int) -> Any:
+    """A tensor with a row for each sample, ``times`` times one after the other; anything else as it is."""
+    if isinstance(value, Tensor) and value.ndim and len(value) == rows:
+        return value.repeat(times, *(1,) * (value.ndim - 1))
+    return value
+
+
+def in_rows(network: nn.Module) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """A wrapper of the network's ``forward`` that evaluates it one row at a time.
+
+    A network evaluated on a batch of eight and on one of them alone gives the same numbers only to rounding: libraries choose their
+    algorithms by the size of the batch. One row at a time, they have no choice. Every tensor among the arguments whose
+    first dimension is as long as the first tensor's is taken to have a row for each.
+
+    Raises:
+        UnsupportedPipelineError: The first call shows that rows of the batch are not those of single calls.
+    """
+    checked = False
+
+    def wrap(forward: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            nonlocal checked
+            leaves, spec = tree_flatten((args, kwargs))
+            first = next((x for x in leaves if isinstance(x, Tensor) and x.ndim > 1), None)
+            rows = 1 if first is None else len(first)
+            outputs = []
+            for i in range(rows):
+                own = [x[i : i + 1] if isinstance(x, Tensor) and x.ndim and len(x) == rows else x for x in leaves]
+                row_args, row_kwargs = tree_unflatten(own, spec)
+                outputs.append(forward(*row_args, **row_kwargs))
+            joined = _join(outputs)
+            if not checked and rows > 1:
+                checked = True
+                _check(first_tensor(joined), first_tensor(forward(*args, **kwargs)), network)
+            return joined
+
+        return wrapper
+
+    return wrap
+
+
+def _join(outputs: list[Any]) -> Any:
+    """Rows of whatever a diffusers network returns, as one."""
+    first = outputs[0]
+    if isinstance(first, Tensor):
+        return torch.cat(outputs)
+    if isinstance(first, dict):  # diffusers' outputs are dicts, too
+        return type(first)(**{k: _join([o[k] for o in outputs]) for k in first})
+    if isinstance(first, (list, tuple)):
+        return type(first)(_join(list(values)) for values in zip(*outputs, strict=True))
+    return first
+
+
+def first_tensor(output: Any) -> Tensor:
+    """The tensor in whatever a diffusers network returns."""
+    return output if isinstance(output, Tensor) else output[0]
+
+
+def _check(rows: Tensor, batch: Tensor, network: nn.Module) -> None:
+    apart, size = float((rows - batch).abs().max()), float(batch.abs().max())
+    allowed = torch.finfo(batch.dtype).eps ** 0.5 * size
+    if not apart <= allowed:
+        raise UnsupportedPipelineError(
+            f"expected {type(network).__name__} to give each row of a batch what it gives the row alone, got a difference "
+            f"of {apart:.3g} (allowed: {allowed:.3g}): its rows depend on each other, or an argument that is not by row has "
+            f"as many elements as there are rows; use batch_invariant=False"
+        )
