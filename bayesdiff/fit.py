@@ -6,8 +6,7 @@ a hook takes the head's features, and features and residual go into the sufficie
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -17,16 +16,20 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from bayesdiff.checks import (
+    AmbiguousHeadError,
     ArgumentError,
     EmptyDataError,
+    HeadNotFoundError,
     ShapeError,
     UnsupportedHeadError,
     check_finite,
     check_int,
 )
 from bayesdiff.diffusion.noising import draw, noised
-from bayesdiff.head.find import Head, check_eval, denoiser, find_head
+from bayesdiff.head.find import check_eval, denoiser, find_head, find_head_by_call
 from bayesdiff.head.fold import Fold
+from bayesdiff.head.layer import Head
+from bayesdiff.head.loaded import placement
 from bayesdiff.laplace.cut import check_settings
 from bayesdiff.laplace.posterior import LaplacePosterior
 from bayesdiff.laplace.statistics import Statistics
@@ -89,21 +92,23 @@ def fit(
     """
     check_int("draws_per_image", draws_per_image, least=1)
     check_int("batch_size", batch_size, least=1)
-    network = denoiser(pipe_or_model)
-    found = find_head(network, head)
+    network = denoiser(pipe_or_model, head)
+    found = _known_head(pipe_or_model, head)
     check_eval(network)
     settings: dict[str, Any] = {
         "structure": structure, "covariance": covariance, "prior_precision": prior_precision,
         "noise_variance": noise_variance, "loss_weights": loss_weights, "dataset_size": dataset_size,
     }  # fmt: skip
-    check_settings(found.out_channels, check_int("noise_bins", noise_bins, least=1), **settings)
+    check_int("noise_bins", noise_bins, least=1)
+    if found is not None:
+        check_settings(found.out_channels, noise_bins, **settings)
     if scheduler is None:
         scheduler = getattr(pipe_or_model, "scheduler", None)
     if scheduler is None:
         raise ArgumentError("expected a pipeline, or scheduler=… beside a bare network, got neither")
     num_timesteps = int(scheduler.config.num_train_timesteps)
-    parameter = next(network.parameters())
-    statistics = Statistics(found.geometry, noise_bins, parameter.device)
+    device, dtype = placement(network)
+    statistics: Statistics | None = None
     seed = base_seed(generator)
     images_per_call = max(1, batch_size // draws_per_image)
     folds: dict[tuple[Any, ...], Fold] = {}
@@ -115,86 +120,88 @@ def fit(
             count = len(images)
             t, noise = draw(scheduler, tuple(images.shape[1:]), seed, first, count, draws_per_image)
             rows = torch.arange(count).repeat_interleave(draws_per_image)
-            clean = images.repeat_interleave(draws_per_image, dim=0).to(parameter.device)
+            clean = images.repeat_interleave(draws_per_image, dim=0).to(device)
             conditioning = {
-                k: _placed(v.repeat_interleave(draws_per_image, dim=0), parameter) for k, v in conditioning.items()
+                k: _placed(v.repeat_interleave(draws_per_image, dim=0), device, dtype) for k, v in conditioning.items()
             }
-            x_t, wanted = noised(scheduler, clean, noise.to(parameter.device), t)
+            x_t, wanted = noised(scheduler, clean, noise.to(device), t)
             for part in torch.arange(len(rows)).split(batch_size):
                 call = partial(
-                    _forward, network, x_t[part].to(parameter.dtype), t[part].to(parameter.device),
+                    _forward,
+                    network,
+                    x_t[part].to(dtype),
+                    t[part].to(device),
                     {k: v[part] for k, v in conditioning.items()},
-                )  # fmt: skip
-                inputs, output = _call(call, found)
-                if output.shape != wanted[part].shape:
+                )
+                if found is None:
+                    found = find_head_by_call(network, call)
+                    check_settings(found.out_channels, noise_bins, **settings)
+                statistics = statistics or Statistics(found.geometry, noise_bins, device)
+                inputs, own, output = _call(call, found)
+                target = wanted[part].to(output.device)
+                if output.shape != target.shape:
                     raise ShapeError(
-                        f"expected the network to return {tuple(wanted[part].shape)}, as its target, got "
-                        f"{tuple(output.shape)}"
+                        f"expected the network to return {tuple(target.shape)}, as its target, got {tuple(output.shape)}"
                     )
-                residual = wanted[part] - output
-                shape = found.geometry.output_shape(inputs)
-                if (key := (shape[1:], output.shape[1:])) not in folds:
-                    folds[key] = _fold(found, inputs, output, call)
-                if folds[key].index is not None:
-                    residual = _unfold(folds[key], residual, shape, found)
+                if (key := (own.shape, output.shape)) not in folds:
+                    found.check_linear(inputs, own)
+                    folds[key] = _fold(found, inputs, own, output, call)
                 bins = (t[part] * noise_bins / num_timesteps).long().clamp(max=noise_bins - 1)
-                statistics.update(inputs, residual, bins, first + rows[part])
+                for x, r, draws, of in folds[key].observations(found, inputs, target - output):
+                    draws = draws.to(rows.device)
+                    statistics.update(x, r, bins[draws], first + rows[part][draws], of)
             first += count
             bar.update(count)
-    if first == 0:
+    if found is None or statistics is None:
         raise EmptyDataError("expected at least one image to fit to, got none")
     return LaplacePosterior.from_statistics(statistics, found, num_timesteps=num_timesteps, **settings)
 
 
-def _forward(network: nn.Module, x: Tensor, t: Tensor, conditioning: Mapping[str, Tensor]) -> Tensor:
-    with torch.no_grad():
-        return network(x, timestep=t, return_dict=False, **conditioning)[0]
-
-
-def _placed(tensor: Tensor, like: Tensor) -> Tensor:
-    """On the network's device, and floating-point numbers in its dtype."""
-    return tensor.to(like.device, like.dtype if tensor.is_floating_point() else tensor.dtype)
-
-
-def _call(call: partial[Tensor], head: Head) -> tuple[Tensor, Tensor]:
-    """One network call: what entered the head, and the network's output."""
-    with head.capture() as captured:
-        try:
-            output = call()
-        except torch.OutOfMemoryError:
+def _known_head(model: Any, head: str | None) -> Head | None:
+    """The head by its name, or None where it must be found by running the network."""
+    try:
+        return find_head(model, head)
+    except (HeadNotFoundError, AmbiguousHeadError, UnsupportedHeadError):
+        if head is not None:
             raise
-        except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
-            network, x, _, conditioning = call.args
-            raise ShapeError(
-                f"expected images and conditioning that fit {type(network).__name__}, got images {tuple(x.shape[1:])} "
-                f"and { {k: tuple(v.shape[1:]) for k, v in conditioning.items()} }; the network says: {error}"
-            ) from error
+        return None
+
+
+def _forward(network: nn.Module, x: Tensor, t: Tensor, conditioning: Mapping[str, Tensor]) -> Tensor:
+    try:
+        with torch.no_grad():
+            return network(x, timestep=t, return_dict=False, **conditioning)[0]
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
+        raise ShapeError(
+            f"expected images and conditioning that fit {type(network).__name__}, got images {tuple(x.shape[1:])} "
+            f"and { {k: tuple(v.shape[1:]) for k, v in conditioning.items()} }; the network says: {error}"
+        ) from error
+
+
+def _placed(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """On the network's device, and floating-point numbers in its dtype."""
+    return tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
+
+
+def _call(call: Callable[[], Tensor], head: Head) -> tuple[Tensor, Tensor, Tensor]:
+    """One network call: what entered the head, what it returned, and the network's output."""
+    own: list[Tensor] = []
+    with head.capture(own) as captured:
+        output = call()
     if len(captured) != 1:
         raise UnsupportedHeadError(f"expected one pass through {head.path!r} in a network call, got {len(captured)}")
-    return captured[0], output
+    return captured[0], own[0], output
 
 
-def _fold(head: Head, inputs: Tensor, output: Tensor, call: partial[Tensor]) -> Fold:
+def _fold(head: Head, inputs: Tensor, own: Tensor, output: Tensor, call: Callable[[], Tensor]) -> Fold:
     """What the network does to its head's output: nothing, or a fold, which is read with one more call."""
-    with torch.no_grad():
-        own = head.layer(inputs)
-    if own.shape == output.shape and torch.allclose(own, output, rtol=0, atol=0, equal_nan=True):
+    same = own.shape == output.shape and torch.allclose(own, output, rtol=0, atol=0, equal_nan=True)
+    if same and own.unique().numel() > 1:
         return Fold(None)
     check_finite("features", inputs, "the network overflows in this dtype: use bfloat16 or float32")
     return Fold.read(head, call)
-
-
-def _unfold(fold: Fold, image: Tensor, shape: tuple[int, ...], head: Head) -> Tensor:
-    """Residuals from the network's output layout back to the head's: the inverse of the fold."""
-    size = math.prod(shape[1:])
-    if fold.index is None or fold.index.numel() != size or len(fold.index.unique()) != size:
-        raise UnsupportedHeadError(
-            f"expected the network to return all {size} outputs of {head.path!r}, got "
-            f"{image[0].numel()}: networks that also predict a variance are not supported in fitting"
-        )
-    out = image.new_empty(len(image), size)
-    out[:, fold.index.flatten()] = image.flatten(1)
-    return out.view(shape)
 
 
 def _length(data: Any) -> int | None:
@@ -254,9 +261,9 @@ def _check_images(images: Tensor, network: nn.Module) -> None:
         raise ArgumentError(
             f"expected floating-point images in the network's space (pixels in [-1, 1]), got {images.dtype}"
         )
-    if images.ndim != 4:
+    channels = getattr(getattr(network, "config", None), "in_channels", None)
+    if images.ndim < 2 or (images.ndim != 4 and channels is not None and channels not in images.shape[1:]):
         raise ShapeError(f"expected images (n, channels, height, width), got {tuple(images.shape)}")
-    channels = getattr(getattr(network, "config", None), "in_channels", images.shape[1])
-    if images.shape[1] != channels:
+    if images.ndim == 4 and channels not in (None, images.shape[1]):
         raise ShapeError(f"expected images of {channels} channels, got {images.shape[1]} in {tuple(images.shape)}")
     check_finite("images", images)

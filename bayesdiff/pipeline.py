@@ -47,7 +47,7 @@ class UncertaintyPipeline:
         if not callable(pipe):
             raise ArgumentError(f"expected a pipeline that can be called, got {type(pipe).__name__}")
         self.pipe, self.posterior = pipe, posterior
-        self.network = denoiser(pipe)
+        self.network = denoiser(pipe, head or posterior.head_path)
         self.head = posterior.check(pipe, head)
         check_eval(self.network)
         self.deviations, self._seed = drawn(posterior, self.settings)

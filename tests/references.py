@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, jacrev
 
 
+@functools.lru_cache(maxsize=32)
 def jacobian(layer: nn.Module, inputs: Tensor) -> Tensor:
     """∂ output / ∂ weights of a layer by reverse-mode autograd: ``(B, P, C, C, D)`` float64.
 

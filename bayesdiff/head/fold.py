@@ -2,67 +2,98 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from bayesdiff.checks import (
-    UnsupportedPipelineError,
-)
-from bayesdiff.head.find import Head
+from bayesdiff.checks import UnsupportedHeadError, UnsupportedPipelineError
+from bayesdiff.head.layer import Head
+from bayesdiff.head.numbers import send_numbers
 
 
 class Fold:
-    """The permutation from the head's output to the network's, read off by sending numbers through it.
+    """The permutation from the head's output to the network's, of a whole batch, read off by sending numbers through it.
 
-    A transformer's head writes patches, token by token, which the network then folds into an image.
-    The fold is linear and the same for all inputs, so it need not be written for each model: with the
-    head's output replaced by 0 … n−1, the network's output *is* the permutation.
+    A transformer's head writes patches, token by token, which the network then folds into an image; a video network may
+    take frames for samples. The network may return a part of what the head does, and may negate it. The fold is the same
+    for all inputs of one shape, so it need not be written for each model.
 
     Args:
-        index: ``(C', H, W)`` int64: which element of a sample's head output each output element is;
-            None when the two are the same (every U-Net).
+        index: Which element of the head's output each element of the network's is, int64, shaped as the network's output; None
+            when the two are the same (every U-Net).
+        sign: ±1 for each.
     """
 
-    def __init__(self, index: Tensor | None) -> None:
-        self.index = index
+    def __init__(self, index: Tensor | None, sign: Tensor | None = None) -> None:
+        self.index, self.sign = index, sign
 
     @classmethod
-    def read(cls, head: Head, call: Any) -> Fold:
-        """Read the fold with one network call.
+    def read(cls, head: Head, call: Callable[[], Any]) -> Fold:
+        """Read the fold with one network call, or a few in half precision.
 
         Args:
             head: The head.
-            call: Runs the network and returns its output ``(B, C', H, W)``.
+            call: Runs the network and returns its output.
 
         Raises:
             UnsupportedPipelineError: What comes out are not the numbers that went in.
         """
-        sizes: list[int] = []
-
-        def number(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            sizes.append(output[0].numel())
-            numbers = torch.arange(sizes[-1], dtype=torch.float32, device=output.device)
-            return numbers.view_as(output[0]).expand_as(output).clone()
-
-        handle = head.layer.register_forward_hook(number)
-        try:
-            result = call()[0].float()
-        finally:
-            handle.remove()
-        index = result.round().long()
-        distinct = index.unique().numel()
-        exact = bool((result == index).all()) and int(index.min()) >= 0 and int(index.max()) < sizes[0] <= 2**24
-        if len(sizes) != 1 or not exact or distinct != index.numel():
+        numbers = send_numbers(head.layer, call)
+        if len(numbers.sizes) != 1 or not numbers.complete:
+            distinct = numbers.index[numbers.index >= 0].unique().numel()
             raise UnsupportedPipelineError(
-                f"expected the network's output to be its head's output ({sizes} numbers), permuted, got {distinct} "
-                f"distinct values in {index.numel()} places: what follows the layer {head.path!r} is more than a fold"
+                f"expected the network's output to be its head's output ({list(numbers.sizes)} numbers), permuted, got "
+                f"{distinct} distinct numbers in {numbers.index.numel()} places: what follows the layer {head.path!r} is more "
+                "than a fold"
             )
-        return cls(index)
+        return cls(numbers.index, numbers.sign)
 
-    def __call__(self, output: Tensor, lead: int = 1) -> Tensor:
-        """Fold the head's output; ``lead`` dimensions in front are kept: ``(..., C', H, W)``."""
-        if self.index is None:
-            return output
-        return output.flatten(lead)[..., self.index]
+    def observations(
+        self, head: Head, inputs: Tensor, residual: Tensor
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor | None]]:
+        """Residuals of the network's output as residuals of the head's, with the features that they belong to.
+
+        Tokens and rows of the head's output that don't reach the network's output are left out.
+
+        Args:
+            head: The head.
+            inputs: What entered it.
+            residual: Shaped as the network's output.
+
+        Yields:
+            inputs and residuals as the head has them; the samples (rows of ``residual``) that they belong to; and where a sample
+            has several rows in the head, which of these samples each row belongs to, otherwise None.
+
+        Raises:
+            UnsupportedHeadError: Some channels, or some positions of a convolution, don't reach the network's output.
+        """
+        if self.index is None or self.sign is None:
+            yield inputs, residual, torch.arange(len(inputs)), None
+            return
+        shape, linear = head.geometry.output_shape(inputs), head.geometry.kind == "linear"
+        rows = torch.arange(len(residual), device=residual.device)
+        owner = torch.full((math.prod(shape),), -1, device=residual.device)
+        owner[self.index] = rows.view(-1, *(1,) * (residual.ndim - 1)).expand_as(self.index)
+        values = residual.new_zeros(len(owner)).index_put_((self.index,), residual * self.sign).view(shape)
+        by_position = owner.view(shape).movedim(-1 if linear else 1, -1).flatten(0 if linear else 1, -2)
+        unlike = by_position != (by_position[..., :1] if linear else by_position[:, :1, :1])
+        if bool(unlike.any()):
+            raise UnsupportedHeadError(
+                f"expected the network to return all that {head.path!r} returns for a {'token' if linear else 'row'}, got "
+                f"{residual.numel()} of {len(owner)} numbers: networks that also predict a variance are not supported in fitting"
+            )
+        if not linear:
+            by_row = by_position[:, 0, 0]
+            yield inputs[by_row >= 0], values[by_row >= 0], rows, by_row[by_row >= 0]
+            return
+        tokens, values, by_token = inputs.flatten(0, -2), values.flatten(0, -2), by_position[:, 0]
+        counts = by_token[by_token >= 0].bincount(minlength=len(rows))
+        order = by_token.argsort(stable=True)[int((by_token < 0).sum()) :]
+        first = counts.cumsum(0) - counts
+        for count in counts.unique().tolist():  # samples with as many tokens together
+            samples = (counts == count).nonzero().flatten()
+            chosen = order[first[samples, None] + torch.arange(count, device=order.device)]
+            yield tokens[chosen], values[chosen], samples, None

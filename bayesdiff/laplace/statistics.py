@@ -46,7 +46,9 @@ class Statistics:
         self._score_images: list[Tensor] = []
         self._score_bins: list[Tensor] = []
 
-    def update(self, inputs: Tensor, residuals: Tensor, bins: Tensor, images: Tensor) -> None:
+    def update(
+        self, inputs: Tensor, residuals: Tensor, bins: Tensor, images: Tensor, rows: Tensor | None = None
+    ) -> None:
         r"""Add a batch of draws.
 
         Args:
@@ -55,15 +57,17 @@ class Statistics:
             bins: The timestep bin of each draw, ``(B,)`` int64.
             images: The number of the image behind each draw, ``(B,)`` int64. Draws of one image are
                 not independent, so their gradients are summed before they are squared.
+            rows: Which of the draws each row of the inputs belongs to, int64, where a draw has several: a video's frames.
 
         Raises:
             NonFiniteError: Features or residuals are NaN or infinite.
             ShapeError: The shapes don't fit.
         """
-        if not len(inputs) == len(residuals) == len(bins) == len(images):
+        count = len(bins) if rows is None else len(rows)
+        if not len(inputs) == len(residuals) == count or len(bins) != len(images):
             raise ShapeError(
                 "expected one residual, bin and image number for each input, got "
-                f"{len(inputs)}, {len(residuals)}, {len(bins)}, {len(images)}"
+                f"{len(inputs)}, {len(residuals)}, {count if len(bins) == len(images) else len(bins)}, {len(images)}"
             )
         hint = "the network overflows in this dtype: use bfloat16 or float32"
         dtype, device = torch.promote_types(inputs.dtype, torch.float32), self.gram.device
@@ -72,13 +76,16 @@ class Statistics:
         bins, images = bins.to(device), images.to(device)
         channel = 1 if self.geometry.kind == "conv" else -1
         by_channel = r.movedim(channel, 1).reshape(len(r), self.geometry.out_channels, -1)  # (B, C, P)
-        for b in bins.unique().tolist():
-            chosen = bins == b
+        rows = torch.arange(len(bins), device=device) if rows is None else rows.to(device)
+        by_row = bins[rows]
+        for b in by_row.unique().tolist():
+            chosen = by_row == b
             self.geometry.add_gram(x if bool(chosen.all()) else x[chosen], self.gram[b])
-        self.squared_residuals.index_add_(0, bins, by_channel.square().sum(2, dtype=torch.float64))
-        ones = torch.full((len(bins),), float(by_channel.shape[2]), dtype=torch.float64, device=device)
-        self.positions.index_add_(0, bins, ones)
-        self._scores.append(self.geometry.outer(x, r).double())
+        self.squared_residuals.index_add_(0, by_row, by_channel.square().sum(2, dtype=torch.float64))
+        ones = torch.full((len(by_row),), float(by_channel.shape[2]), dtype=torch.float64, device=device)
+        self.positions.index_add_(0, by_row, ones)
+        scores = self.geometry.outer(x, r).double()
+        self._scores.append(scores.new_zeros(len(bins), *scores.shape[1:]).index_add_(0, rows, scores))
         self._score_images.append(images)
         self._score_bins.append(bins)
 

@@ -87,7 +87,8 @@ class Entered:
         self.tangents = {i: t for i, t in found.items() if t is not None}
         self.values = [self._leaves[i] for i in self.tangents]
         if self:
-            self.given, self.returned = Rows.of(self.values, self.outputs)
+            joined = session.coupled(box, args, kwargs, output)
+            self.given, self.returned = Rows.of(self.values, self.outputs, joined=joined)
             #: δ, ``(R, K, P_in)``, contiguous.
             self.rows = self.given.pack(list(self.tangents.values()), lead=1).contiguous()
             check_finite("deviations", self.rows, "use float32 or bfloat16, or more extra_calls")
@@ -131,13 +132,14 @@ class Entered:
             offset += shape.numel()
         return None
 
-    def derivatives(self, shifts: Tensor, length: Tensor, together: int = 1) -> Tensor:
+    def derivatives(self, shifts: Tensor, length: Tensor, together: int = 1, *, central: bool = False) -> Tensor:
         """J along shifts, by differences.
 
         Args:
             shifts: ``(R, p, P_in)``.
-            length: How far a typical deviation goes, ``(R, 1)``: a step is that long, or longer where rounding asks for it.
+            length: How far a typical deviation goes, ``(R, 1)``: a one-sided step is that long, or longer where rounding asks for it.
             together: How many share one call of the module.
+            central: To both sides, with twice the calls: the derivative itself, not a difference along a deviation.
 
         Returns:
             ``(R, p, Q)`` float64.
@@ -146,16 +148,19 @@ class Entered:
         f = self.returned.pack([y.double() for y in self.outputs])
         call = self.session.network.calls[0]
         eps = max(call.rounding, *(torch.finfo(x.dtype).eps for x in (*self.values, *self.outputs)))
-        size = base.square().mean(1, keepdim=True).sqrt()
+        moving = (shifts != 0).any(1)
+        size = (base.square() * moving).sum(1, keepdim=True).sqrt()  # of what moves
         norm = shifts.double().square().sum(2).sqrt()
-        moving = (shifts != 0).sum(2).clamp(min=1)
-        step = torch.maximum(length, eps**0.5 * size * moving.sqrt()) / torch.where(norm > 0, norm, 1.0)
+        step = eps**0.4 * size if central else torch.maximum(length, eps**0.5 * size)
+        step = step / torch.where(norm > 0, norm, 1.0)
         images = []
         group = 1 if self.given.listed or self.given.number == 1 else together
         for first in range(0, shifts.shape[1], group):
             h = step[:, first : first + group]
-            moved = base.unsqueeze(1) + h.unsqueeze(2) * shifts[:, first : first + group].double()
-            images += [(g - f) / h[:, i, None] for i, g in enumerate(self._evaluate(moved.unbind(1)))]
+            away = h.unsqueeze(2) * shifts[:, first : first + group].double()
+            ends = self._evaluate((base.unsqueeze(1) + away).unbind(1))
+            starts = self._evaluate((base.unsqueeze(1) - away).unbind(1)) if central else [f] * len(ends)
+            images += [(g - s) / ((1 + central) * h[:, i, None]) for i, (g, s) in enumerate(zip(ends, starts, strict=True))]
         return torch.stack(images, dim=1)
 
     def _evaluate(self, inputs: tuple[Tensor, ...]) -> list[Tensor]:

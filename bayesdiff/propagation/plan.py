@@ -40,13 +40,17 @@ class Plan:
         """Weights of the line through the last two of the known nodes, at call n; a node's own response at that node."""
         if n in known:
             return {n: 1.0}
+        known = self._distinct(known)
         return _line(known[-2:], [self.places[m] for m in known[-2:]], self.places[n])
 
     def cubic(self, n: int, known: Sequence[int]) -> dict[int, float]:
         """Weights of the cubic through the four known nodes around call n (Lagrange); a line beyond the last."""
+        if n in known:
+            return {n: 1.0}
+        known = self._distinct(known)
         places = [self.places[m] for m in known]
-        if n in known or self.places[n] >= places[-1]:
-            return self.line(n, known)
+        if self.places[n] >= places[-1]:
+            return _line(known[-2:], places[-2:], self.places[n])
         first = min(max(bisect.bisect_right(places, self.places[n]) - 2, 0), max(len(known) - 4, 0))
         chosen = range(first, min(first + 4, len(known)))
         at = self.places[n]
@@ -54,6 +58,10 @@ class Plan:
             known[i]: math.prod((at - places[j]) / (places[i] - places[j]) for j in chosen if j != i) for i in chosen
         }
         return {m: w for m, w in weights.items() if w}
+
+    def _distinct(self, known: Sequence[int]) -> list[int]:
+        """One node for each place, the last, their places ascending."""
+        return [m for _, m in sorted({self.places[m]: m for m in known}.items())]
 
 
 def _line(nodes: Sequence[int], places: Sequence[float], at: float) -> dict[int, float]:
@@ -81,14 +89,17 @@ def spread(places: Sequence[int], number: int, density: float) -> list[int]:
 
 
 def candidates(places: Sequence[float], stages: int = 1) -> list[int]:
-    """Calls that may be measured, their u ascending: the last at each level, one in so many stages, not the first, which has no tangents."""
-    last: dict[float, int] = {}
+    """Calls that may be measured, their u ascending; not the first, which has no tangents.
+
+    Of calls at one level the first, which a two-stage solver predicts (with those that it corrects maps are a third too dark). Where
+    levels do not tell stages apart, one call in so many, and the last.
+    """
+    first: dict[float, int] = {}
     for n, u in enumerate(places):
-        last[u] = n
-    distinct = len(last) == len(places)
-    kept = [n for n in last.values() if n > 0 and (not distinct or stages == 1 or n % stages == 0)]
-    if len(places) - 1 not in kept and len(places) > 1 and places[-1] > max((places[n] for n in kept), default=-1.0):
-        kept.append(len(places) - 1)
+        if n > 0:
+            first.setdefault(u, n)
+    distinct = len(first) >= len(places) - 1
+    kept = [n for n in first.values() if not distinct or stages == 1 or n % stages == 1 or n == len(places) - 1]
     kept.sort(key=lambda n: (places[n], n))
     # Where a sampler goes back to more noise, calls and levels come in different orders: only what ascends in both is kept.
     ascending: list[int] = []

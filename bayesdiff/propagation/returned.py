@@ -85,7 +85,7 @@ def values(output: Any, trace: DualNumbers | None) -> Tensor:
         return found.unflatten(0, (len(result), len(result[0]))) if nested else found
     if all(isinstance(x, np.ndarray | float | int) for x in leaves):
         array = np.asarray(result if isinstance(result, np.ndarray) else leaves)
-        return torch.from_numpy(np.ascontiguousarray(array)).double()
+        return _placed(torch.from_numpy(np.ascontiguousarray(array)).double(), _channels_last(array))
     raise UnsupportedPipelineError(
         f"expected the function to return tensors, arrays or PIL images, got {type(result).__name__}"
     )
@@ -108,8 +108,10 @@ def _escaped(trace: DualNumbers) -> Iterator[tuple[np.ndarray, Tensor]]:
 
 
 def _channels_last(array: np.ndarray) -> bool:
-    """Whether the last dimension was moved there from the front: its elements lie farther apart than its neighbour's."""
-    return array.ndim >= 3 and abs(array.strides[-1]) > abs(array.strides[-2])
+    """Whether an array has its channels last: moved there, so that its elements lie farther apart than its neighbour's, or as pixels."""
+    if array.ndim < 3:
+        return False
+    return abs(array.strides[-1]) > abs(array.strides[-2]) or (array.shape[-1] in (1, 3, 4) and array.shape[-3] not in (1, 3, 4))
 
 
 def _placed(tangents: Tensor, moved: bool) -> Tensor:

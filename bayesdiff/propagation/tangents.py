@@ -62,6 +62,8 @@ class TangentRun:
         self.scheduler, self.stages, self.branches = scheduler, stages, branches or {}
         self.dtype = torch.promote_types(floating(session.network.calls[0].output)[0].dtype, torch.float32)
         self.selfcheck = SelfCheck(session)
+        #: Whether responses are those of every draw at every call: then derivatives are taken to both sides.
+        self.exact = settings.refresh == 1 and (settings.num_directions or 0) >= draws
         self._modules: dict[tuple[int, int], _Module] = {}
         self._order: dict[int, list[tuple[int, int]]] = {}
         self._beside: list[str] = []  # modules whose output must enter the network beside the sample
@@ -113,7 +115,7 @@ class TangentRun:
         entered = Entered(self.session, box, args, kwargs, output)
         total = [t for t, f in zip(self.direct(n), tensors(output), strict=True) if f.is_floating_point()]
         if entered:
-            response = self._respond(box, n, entered, self._branches(n, entered))
+            response = self._respond(box, n, entered, self.branches.get(n))
             total = [r if t is None else t + r for t, r in zip(total, response, strict=True)]
         if self._beside:
             raise UnsupportedPipelineError(
@@ -122,13 +124,15 @@ class TangentRun:
             )
         self._attach(box, n, args, kwargs, output, total)
 
-    def _respond(self, box: Box, n: int, entered: Entered, branches: Branches) -> list[Tensor]:
+    def _respond(self, box: Box, n: int, entered: Entered, known: Branches | None = None) -> list[Tensor]:
         """J δx at every output tensor."""
         module, place = self._module(box, n)
         if module.match is None:
             module.match = (entered.match(),)
         (match,) = module.match
-        samples = branches.first(entered.rows if match is None else match.taken(entered.rows))
+        rows = entered.rows if match is None else match.taken(entered.rows)
+        branches = _confirmed(known, rows)
+        samples = branches.first(rows)
         if module.due(place) and not self._second:
             module.responder.add(place, self._measure(module, place, entered, match, branches, samples))
         if box is self.session.network and len(entered.values) > 1:
@@ -143,14 +147,6 @@ class TangentRun:
             found = entered.rows.new_zeros(entered.given.number, entered.rows.shape[1], entered.size)
         return entered.returned.unpack(found)
 
-    def _branches(self, n: int, entered: Entered) -> Branches:
-        """Those of the call, if their tangents are really the same."""
-        known, number = self.branches.get(n), entered.given.number
-        if known is None or known.rows.numel() != number:
-            return Branches.alone(number)
-        rows = entered.rows[known.rows]
-        return known if bool((rows == rows[:, :1]).all()) else Branches.alone(number)
-
     def _measure(
         self, module: _Module, n: int, entered: Entered, match: Match | None, branches: Branches, samples: Tensor
     ) -> Measured:  # fmt: skip
@@ -163,7 +159,9 @@ class TangentRun:
         else:  # other arguments move with the sample, by the same combination of draws
             combination = directions @ torch.linalg.pinv(samples.double())
             shifts = branches.spread(combination) @ entered.rows.double()
-        images = entered.derivatives(shifts, branches.spread(chosen.safe), self.settings.directions_per_call)
+        images = entered.derivatives(
+            shifts, branches.spread(chosen.safe), self.settings.directions_per_call, central=self.exact
+        )
         strengths = (samples.double() @ directions.mT).square().mean(1).sqrt()
         kept = Directions(directions.to(self.dtype), chosen.length, chosen.probe)
         if match is None:
@@ -198,7 +196,7 @@ class TangentRun:
                 return
             total = self._decode(n, entered)
         elif entered.match() is not None:
-            total = self._respond(box, n, entered, Branches.alone(entered.given.number))
+            total = self._respond(box, n, entered)
         else:
             # An argument of the next network call beside the sample: measured with it, and moved as it is moved.
             module, place = self._module(network, network.position)
@@ -206,19 +204,22 @@ class TangentRun:
                 return
             self._beside.append(box.name)
             chosen = self._choose(module.responder, place, entered.rows)
-            images = entered.derivatives(chosen.directions, chosen.safe).to(self.dtype)
+            images = entered.derivatives(chosen.directions, chosen.safe, central=self.exact).to(self.dtype)
             total = entered.returned.unpack((entered.rows @ chosen.directions.to(entered.rows).mT) @ images)
         self._attach(box, n, args, kwargs, output, list(total))
 
     def _decode(self, n: int, entered: Entered) -> list[Tensor]:
         """Tangents behind a decoder: of every draw, or of principal directions and mixtures of the rest."""
         rows, number = entered.rows.double(), self.settings.decoder_calls
-        if number < rows.shape[1]:
+        every = number >= rows.shape[1]
+        if not every:
             rows = torch.cat([reduced(r, number, item_generator(1, n)) for r in rows.split(1)])
         norm = rows.square().sum(2, keepdim=True).sqrt()
         length = norm[..., 0].square().sum(1, keepdim=True).div(self.draws).sqrt()
         unit = rows / torch.where(norm > 0, norm, 1.0)
-        images = entered.derivatives(unit, torch.where(length > 0, length, 1.0), self.settings.directions_per_call)
+        images = entered.derivatives(
+            unit, torch.where(length > 0, length, 1.0), self.settings.directions_per_call, central=every and self.exact
+        )
         return entered.returned.unpack((norm * images).to(self.dtype))
 
     def _attach(self, box: Box, n: int, args: Any, kwargs: Any, output: Any, total: list[Tensor | None] | list[Tensor]) -> None:
@@ -227,6 +228,13 @@ class TangentRun:
                 self.session.trace.attach(f, tangents)
         if self._second:
             self.selfcheck.remember(box, n, args, kwargs, list(total))
+
+
+def _confirmed(known: Branches | None, rows: Tensor) -> Branches:
+    """The branches of a call, if their tangents are really the same; else each row is a sample."""
+    if known is None or known.rows.numel() != len(rows) or not bool((rows[known.rows] == rows[known.rows[:, :1]]).all()):
+        return Branches.alone(len(rows))
+    return known
 
 
 class _Module:

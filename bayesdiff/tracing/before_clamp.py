@@ -7,28 +7,45 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from bayesdiff.tracing.derivatives import operation
 from bayesdiff.tracing.dual import DualNumbers
 
+#: What becomes of a clamped tensor when another tensor is added is a sampler's business: its clamp is not the last.
+ADDITIVE = {"add", "sub", "rsub", "subtract", "__add__", "__radd__", "__sub__", "__rsub__"}
+
 
 class BeforeClamp(DualNumbers):
-    """:meth:`unclamped` of a tensor is its value before the clamp, ``(1, *shape)``, carried through copies, casts and scales.
+    """:meth:`unclamped` of a tensor is its value before the clamp, ``(1, *shape)``, taken along by copies, casts and scales.
 
-    The same mechanism as for tangents, with values in their place: both go linearly from a clamp to what is returned.
+    The memory of tangents, with values in their place: each operation that would carry tangents past a clamp is done on the
+    value before it as well.
     """
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Note what a clamp is given."""
-        if not operation(func).clamp:
+        """Note what a clamp is given, and take it along."""
+        kwargs, op = kwargs or {}, operation(func)
+        if op.kind in ("pass", "escape"):
             return super().__torch_function__(func, types, args, kwargs)
-        kwargs = kwargs or {}
-        given = args[0] if args else kwargs.get("input")
-        before = given.detach().clone() if isinstance(given, Tensor) and given.is_floating_point() else None
+        leaves, spec = tree_flatten((args, kwargs))
+        found = {i: v for i, x in enumerate(leaves) if isinstance(x, Tensor) and (v := self.unclamped(x)) is not None}
+        before: Tensor | None = None
+        if op.clamp and leaves and isinstance(leaves[0], Tensor) and leaves[0].is_floating_point():
+            before = found[0][0].clone() if 0 in found else leaves[0].detach().clone()
+        elif found and op.carry and op.kind != "inplace":
+            others = [x for i, x in enumerate(leaves) if isinstance(x, Tensor) and i not in found and x.numel() > 1]
+            if not (others and op.name in ADDITIVE):
+                given = [found[i][0] if i in found else x for i, x in enumerate(leaves)]
+                past_args, past_kwargs = tree_unflatten(given, spec)
+                before = func(*past_args, **past_kwargs)
         out = func(*args, **kwargs)
-        if before is not None and isinstance(out, Tensor) and out.shape == before.shape:
+        if op.kind == "inplace" and not op.clamp and 0 in found:
+            self.drop(leaves[0])
+        if isinstance(before, Tensor) and isinstance(out, Tensor) and out.shape == before.shape:
             with torch._C.DisableTorchFunction(), torch.no_grad():
-                self._write(out, torch.zeros(1, *out.shape, dtype=before.dtype), before[None])
+                past = before.to(torch.promote_types(out.dtype, torch.float32))
+                self._write(out, torch.zeros(1, *out.shape, dtype=past.dtype, device=out.device), past[None])
         return out

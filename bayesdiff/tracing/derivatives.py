@@ -95,7 +95,7 @@ class Op:
     Args:
         name: Its name.
         kind: What :class:`~bayesdiff.tracing.dual.DualNumbers` does with it: ``pass``, ``escape``, ``derive``, ``flat`` (its
-            derivative is 0), ``clear`` (the target loses its tangents), ``inplace``, ``setitem``, ``setpart``, ``refuse``.
+            derivative is 0), ``clear`` (the target loses its tangents), ``inplace``, ``setitem``, ``refuse``.
         rule: Tangents of the output; None for the general way.
         carry: Tangents that passed by a clamp go through the same rule.
         twin: The functional twin of an in-place operation.
@@ -140,11 +140,13 @@ def inexact(x: Tensor) -> bool:
 
 
 class Quiet:
-    """No graph, no inference mode, no autocast: for tangents."""
+    """No graph, no inference mode, no autocast, no other modes: for tangents."""
 
-    __slots__ = ("autocast", "grad", "inference")
+    __slots__ = ("autocast", "functions", "grad", "inference")
 
     def __enter__(self) -> None:
+        self.functions = torch._C.DisableTorchFunction()
+        self.functions.__enter__()
         self.inference = torch.inference_mode(False) if torch.is_inference_mode_enabled() else None
         if self.inference is not None:
             self.inference.__enter__()
@@ -160,12 +162,13 @@ class Quiet:
         torch._C._set_grad_enabled(self.grad)
         if self.inference is not None:
             self.inference.__exit__(*error)
+        self.functions.__exit__(*error)
 
 
 def lift(t: Tensor, ndim: int) -> Tensor:
     """``(L, *shape)`` with ones in front of the shape, for a value of ``ndim`` dimensions."""
     missing = ndim + 1 - t.ndim
-    return t[(slice(None),) + (None,) * missing] if missing > 0 else t  # noqa: RUF005
+    return t[(slice(None),) + (None,) * missing] if missing > 0 else t
 
 
 def _up(x: Any) -> Any:
@@ -226,7 +229,7 @@ def _divide(c: Call, a: Any, b: Any) -> Tangents:
     if tb is None:
         return left
     a, b = _up(a), _up(b)
-    right = lift(tb, n) * (a / (b * b))
+    right = lift(tb, n) * ((b * b).reciprocal() * a)
     return -right if left is None else left - right
 
 
@@ -288,7 +291,7 @@ def _pow(c: Call) -> Tangents:
         return _pointwise(c)
     if p == 0:
         return None
-    return t * p if p == 1 else t * (p * _up(x) ** (p - 1))
+    return t if p == 1 else t * (_up(x) ** (p - 1) * p)
 
 
 def _unary(derivative: Callable[[Tensor], Tensor]) -> Rule:
@@ -535,8 +538,8 @@ def _conv(c: Call) -> Tangents:
 
 
 def _product(c: Call) -> Tangents:
-    """Linear in each of its arguments: exact where one of them is dual."""
-    return _linear(c) if len(c.tangents) == 1 else NotImplemented
+    """Linear in each of its arguments, so where one of them is dual, and only once."""
+    return _linear(c) if sum(id(x) in c.tangents for x in leaves((c.args, c.kwargs))) == 1 else NotImplemented
 
 
 def _matmul(c: Call) -> Tangents:
@@ -573,6 +576,14 @@ def _chosen(c: Call) -> Tangents:
     index = indices.unsqueeze(dim) if dropped else indices
     out = t.gather(_dim(dim, x.ndim), index.expand(t.shape[0], *index.shape))
     return out.squeeze(_dim(dim, x.ndim)) if dropped else out
+
+
+def _batch_norm(c: Call) -> Tangents:
+    """Its own derivative would move the running averages a second time."""
+    kept = c.get(1, "running_mean")
+    if kept is not None and c.get(5, "training", "use_input_stats", default=False):
+        raise unsupported(c, "it changes running averages")
+    return NotImplemented
 
 
 def _normal(c: Call) -> Tangents:
@@ -617,13 +628,16 @@ def _jointly(c: Call) -> Tangents:
 
 def _mapped(f: Callable[..., Any], ts: list[Tensor], chunk: int) -> list[Tensor]:
     """``f`` of each tangent, at once if torch can, else one after the other."""
+    warns = torch._C._functorch._set_vmap_fallback_warning_enabled  # type: ignore[attr-defined]
+    warns(False)
     try:
         out = torch.vmap(f, chunk_size=chunk)(*ts)
     except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
         if "random" in str(error):
             raise
-        each = [f(*parts) for parts in zip(*ts, strict=True)]
-        out = tuple(torch.stack(parts) for parts in zip(*each, strict=True))
+        out = tuple(torch.stack(parts) for parts in zip(*[f(*parts) for parts in zip(*ts, strict=True)], strict=True))
+    finally:
+        warns(True)
     return list(out)
 
 
@@ -670,11 +684,33 @@ def generic(c: Call, picked: Sequence[int]) -> list[Tensor]:
     def push(*parts: Tensor) -> Any:
         return torch.func.jvp(apply, primals, parts)[1]
 
+    if _opaque(c.func):
+        raise unsupported(c, "PyTorch cannot see inside a custom operator")
+    states = _random_states(primals)
     with _LOCK:
         try:
-            return _mapped(push, ts, c.chunk)
+            out = _mapped(push, ts, c.chunk)
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:
             raise unsupported(c, f"PyTorch has no forward derivative of it: {error}") from error
+    if not all(torch.equal(a, b) for a, b in zip(states, _random_states(primals), strict=True)):
+        raise unsupported(c, "it draws random numbers")
+    return out
+
+
+def _random_states(xs: Sequence[Tensor]) -> list[Tensor]:
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state(x.device) for x in xs if x.is_cuda)]
+
+
+def _opaque(func: Any) -> bool:
+    """Whether it is an operator that someone registered without saying what it is made of: its derivative would be 0."""
+    packet = getattr(func, "_overloadpacket", func)
+    name = getattr(packet, "_qualified_op_name", None)
+    if name is None or name.split("::")[0] in ("aten", "prims"):
+        return False
+    names = [name if n == "default" else f"{name}.{n}" for n in packet.overloads()]
+    return not any(torch._C._dispatch_has_kernel_for_dispatch_key(n, "CompositeImplicitAutograd") for n in names)
 
 
 def unsupported(c: Call, why: str) -> UnsupportedPipelineError:
@@ -693,175 +729,116 @@ def _words(text: str) -> tuple[str, ...]:
     return tuple(text.split())
 
 
-_METADATA = _words(
-    """
-    size dim stride numel nelement element_size is_floating_point is_complex is_contiguous storage_offset data_ptr
-    untyped_storage storage _typed_storage ndimension get_device is_signed is_conj is_neg is_inference is_pinned
-    is_shared is_set_to is_same_size requires_grad_ retain_grad register_hook __repr__ __str__ __format__ __len__
-    __hash__ __dir__ result_type can_cast is_tensor is_storage type_ has_names __reduce_ex__ __setstate__
-    __getstate__ set_ detach_ squeeze_ unsqueeze_ transpose_ t_ swapaxes_ swapdims_ as_strided_ rename_
-    share_memory_ is_distributed is_coalesced __dlpack_device__ __cuda_array_interface__ _is_view
-    """
-)
 _AUGMENTED = {f"__i{k}__" for k in _words("add sub mul truediv div floordiv mod pow and or xor lshift rshift")}
-_FLAT = _words(
-    """
-    sign round floor ceil trunc fix floor_divide __floordiv__ __rfloordiv__ bernoulli poisson multinomial histc
-    heaviside zeros_like ones_like empty_like rand_like randn_like randint_like new_zeros new_ones new_empty
-    new_empty_strided eq ne lt le gt ge isin
-    """
-)
-_ESCAPES = _words(
-    """
-    numpy item tolist __bool__ __float__ __int__ __index__ __complex__ __array__ __dlpack__ equal allclose
-    is_nonzero __contains__
-    """
-)
-_CLEARS = _words("zero_ normal_ uniform_ random_ exponential_ cauchy_ log_normal_ geometric_ bernoulli_")
 _KINDS = {
-    "pass": frozenset(_METADATA),
-    "escape": frozenset(_ESCAPES),
-    "clear": frozenset(_CLEARS),
-    "flat": frozenset(_FLAT),
-    "setitem": frozenset(["__setitem__"]),
+    "pass": """
+        size dim stride numel nelement element_size is_floating_point is_complex is_contiguous storage_offset data_ptr
+        untyped_storage storage _typed_storage ndimension get_device is_signed is_conj is_neg is_inference is_pinned
+        is_shared is_set_to is_same_size requires_grad_ retain_grad register_hook __repr__ __str__ __format__ __len__
+        __hash__ __dir__ result_type can_cast is_tensor is_storage has_names __reduce_ex__ __setstate__ __getstate__
+        set_ detach_ squeeze_ unsqueeze_ transpose_ t_ swapaxes_ swapdims_ as_strided_ rename_ share_memory_
+        is_distributed is_coalesced __dlpack_device__ __cuda_array_interface__ _is_view""",
+    "escape": """
+        numpy item tolist __bool__ __float__ __int__ __index__ __complex__ __array__ __dlpack__ equal allclose is_nonzero
+        __contains__""",
+    "clear": "zero_ normal_ uniform_ random_ exponential_ cauchy_ log_normal_ geometric_ bernoulli_",
+    "flat": """
+        sign round floor ceil trunc fix floor_divide __floordiv__ __rfloordiv__ heaviside histc bernoulli poisson
+        multinomial new __array_wrap__ zeros_like ones_like empty_like rand_like randn_like randint_like new_zeros
+        new_ones new_empty new_empty_strided""",
+    "setitem": "__setitem__",
 }
+_KIND_OF = {name: kind for kind, names in _KINDS.items() for name in _words(names)}
 _REFUSED = {
     "backward": "gradients of gradients are not followed",
     "apply_": "what it runs is not followed",
     "map_": "what it runs is not followed",
+    "_make_dual": "torch.func's transformations are not followed",
     "resize_": "it changes the memory's size",
     "resize_as_": "it changes the memory's size",
 }
-_RULES: dict[str, Rule] = {
-    "add": _add,
-    "__add__": _add,
-    "__radd__": _add,
-    "sub": _sub,
-    "subtract": _sub,
-    "__sub__": _sub,
-    "rsub": _rsub,
-    "__rsub__": _rsub,
-    "mul": _mul,
-    "multiply": _mul,
-    "__mul__": _mul,
-    "__rmul__": _mul,
-    "div": _div,
-    "divide": _div,
-    "true_divide": _div,
-    "__truediv__": _div,
-    "__div__": _div,
-    "__rdiv__": _rdiv,
-    "__rtruediv__": _rdiv,
-    "neg": _neg,
-    "negative": _neg,
-    "__neg__": _neg,
-    "addcmul": _addcmul,
-    "addcdiv": _addcdiv,
-    "lerp": _lerp,
-    "pow": _pow,
-    "__pow__": _pow,
-    "sqrt": _unary(lambda x: 0.5 / x.sqrt()),
-    "square": _unary(lambda x: 2 * x),
-    "exp": _unary(torch.exp),
-    "log": _unary(torch.reciprocal),
-    "abs": _abs,
-    "absolute": _abs,
-    "__abs__": _abs,
-    "where": _where,
-    "masked_fill": _masked_fill,
-    "cat": _cat,
-    "concat": _cat,
-    "concatenate": _cat,
-    "stack": _stack,
-    "sum": _reduce,
-    "mean": _reduce,
-    "repeat": _repeat,
-    "__getitem__": _getitem,
-    "index_select": _index_select,
-    "gather": _gather,
-    "flip": _flip,
-    "roll": _roll,
-    "pad": _pad,
-    "matmul": _matmul,
-    "__matmul__": _matmul,
-    "bmm": _matmul,
-    "mm": _matmul,
-    "normal": _normal,
-    "full_like": _second,
-    "fill": _second,
-    "full": _second,
-    "new_tensor": _new_tensor,
-    "new_full": _third,
-    "tensor": _nested,
-    "as_tensor": _nested,
-    "asarray": _nested,
-}
-_RULES |= dict.fromkeys(_words("clamp clip clamp_min clamp_max hardtanh"), _clamp)
-_RULES |= dict.fromkeys(
-    _words(
+_TABLE: list[tuple[Rule, str]] = [
+    (_add, "add __add__ __radd__"),
+    (_sub, "sub subtract __sub__"),
+    (_rsub, "rsub __rsub__"),
+    (_mul, "mul multiply __mul__ __rmul__"),
+    (_div, "div divide true_divide __truediv__ __div__"),
+    (_rdiv, "__rdiv__ __rtruediv__"),
+    (_neg, "neg negative __neg__"),
+    (_addcmul, "addcmul"),
+    (_addcdiv, "addcdiv"),
+    (_lerp, "lerp"),
+    (_pow, "pow __pow__"),
+    (_unary(lambda x: 0.5 / x.sqrt()), "sqrt"),
+    (_unary(lambda x: 2 * x), "square"),
+    (_unary(torch.exp), "exp"),
+    (_unary(torch.reciprocal), "log"),
+    (_abs, "abs absolute __abs__"),
+    (_clamp, "clamp clip clamp_min clamp_max hardtanh"),
+    (_where, "where"),
+    (_masked_fill, "masked_fill"),
+    (_cat, "cat concat concatenate"),
+    (_stack, "stack"),
+    (_reduce, "sum mean"),
+    (_repeat, "repeat"),
+    (_getitem, "__getitem__"),
+    (_index_select, "index_select"),
+    (_gather, "gather"),
+    (_flip, "flip"),
+    (_roll, "roll"),
+    (_pad, "pad"),
+    (_matmul, "matmul __matmul__ bmm mm"),
+    (_normal, "normal"),
+    (_batch_norm, "batch_norm instance_norm"),
+    (_second, "full full_like fill"),
+    (_third, "new_full"),
+    (_new_tensor, "new_tensor"),
+    (_nested, "tensor as_tensor asarray"),
+    (
+        _copy,
         """
-    clone contiguous reshape reshape_as flatten unflatten ravel view_as type_as to type float half double bfloat16
-    cfloat cdouble cpu cuda __deepcopy__ detach_copy view_copy resolve_conj resolve_neg pin_memory squeeze_copy
-    unsqueeze_copy lift_fresh_copy
-    """
+        clone contiguous reshape reshape_as flatten unflatten ravel view_as type_as to type float half double bfloat16
+        cfloat cdouble cpu cuda __deepcopy__ detach_copy view_copy resolve_conj resolve_neg pin_memory squeeze_copy
+        unsqueeze_copy lift_fresh_copy""",
     ),
-    _copy,
-)
-_RULES |= dict.fromkeys(_CHOSEN, _chosen)
-_RULES |= dict.fromkeys(_words("interpolate upsample avg_pool1d avg_pool2d avg_pool3d"), _folded)
-_RULES |= dict.fromkeys(_words("linear conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d"), _conv)
-_RULES |= dict.fromkeys(
-    _words("mv dot inner outer ger tensordot kron einsum vdot vecdot multi_dot chain_matmul"), _product
-)
-#: Linear in the first argument; the others are numbers and indices.
-_RULES |= dict.fromkeys(
-    _words(
+    (_chosen, " ".join(_CHOSEN)),
+    (_folded, "interpolate upsample avg_pool1d avg_pool2d avg_pool3d"),
+    (_conv, "linear conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d"),
+    (
+        _product,
         """
-    cumsum diff tril triu diag diagonal diag_embed diagflat trace rot90 fliplr flipud repeat_interleave tile take
-    take_along_dim masked_select pixel_shuffle pixel_unshuffle channel_shuffle unfold fold adaptive_avg_pool1d
-    adaptive_avg_pool2d adaptive_avg_pool3d fft ifft fft2 ifft2 fftn ifftn rfft irfft rfft2 irfft2 rfftn irfftn hfft
-    ihfft fftshift ifftshift stft istft view_as_real_copy view_as_complex_copy real imag affine_grid gradient
-    trapezoid trapz
-    """
+        mv dot inner outer ger tensordot kron einsum vdot vecdot multi_dot chain_matmul cumsum diff tril triu diag
+        diag_embed diagflat trace rot90 fliplr flipud repeat_interleave tile take take_along_dim masked_select
+        pixel_shuffle pixel_unshuffle channel_shuffle unfold fold adaptive_avg_pool1d adaptive_avg_pool2d
+        adaptive_avg_pool3d fft ifft fft2 ifft2 fftn ifftn rfft irfft rfft2 irfft2 rfftn irfftn hfft ihfft fftshift
+        ifftshift stft istft view_as_real_copy view_as_complex_copy affine_grid gradient trapezoid trapz grid_sample""",
     ),
-    _product,
-)
-#: Linear in all their tensors together.
-_RULES |= dict.fromkeys(
-    _words(
+    (
+        _jointly,
         """
-    hstack vstack dstack row_stack column_stack block_diag meshgrid broadcast_tensors complex index_add index_copy
-    scatter_add select_scatter slice_scatter diagonal_scatter masked_scatter index_put combinations_ cartesian_prod
-    atleast_1d atleast_2d atleast_3d
-    """
+        hstack vstack dstack row_stack column_stack block_diag meshgrid broadcast_tensors complex index_add index_copy
+        scatter_add select_scatter slice_scatter diagonal_scatter masked_scatter index_put cartesian_prod atleast_1d
+        atleast_2d atleast_3d""",
     ),
-    _jointly,
-)
-_RULES |= dict.fromkeys(
-    _words(
+    (
+        _pointwise,
         """
-    sin cos tan tanh sinh cosh asin acos atan asinh acosh atanh arcsin arccos arctan sigmoid silu mish gelu relu
-    relu6 elu celu selu softplus softsign logsigmoid hardswish hardsigmoid leaky_relu tanhshrink erf erfc erfinv
-    log1p log2 log10 expm1 exp2 rsqrt reciprocal logit nan_to_num sinc atan2 arctan2 hypot maximum minimum fmax fmin
-    fmod remainder __mod__ __rpow__ float_power lgamma digamma xlogy logaddexp threshold frac deg2rad rad2deg
-    positive copysign logaddexp2 i0 ldexp
-    """
+        sin cos tan tanh sinh cosh asin acos atan asinh acosh atanh arcsin arccos arctan sigmoid silu mish gelu relu
+        relu6 elu celu selu softplus softsign logsigmoid hardswish hardsigmoid leaky_relu tanhshrink erf erfc erfinv
+        log1p log2 log10 expm1 exp2 rsqrt reciprocal logit nan_to_num sinc atan2 arctan2 hypot maximum minimum fmax
+        fmin fmod remainder __mod__ __rpow__ float_power lgamma digamma xlogy logaddexp threshold frac deg2rad rad2deg
+        positive copysign logaddexp2 i0 ldexp""",
     ),
-    _pointwise,
-)
-_CARRY = {
-    *_words(
-        "add sub rsub subtract __add__ __radd__ __sub__ __rsub__ mul multiply __mul__ __rmul__ div divide true_divide"
-    ),
-    *_words(
-        "__truediv__ __div__ neg negative __neg__ cat concat concatenate stack repeat __getitem__ index_select gather flip"
-    ),
-    "roll",
-    *(k for k, v in _RULES.items() if v in (_copy, _second, _nested)),
-}
+]
+_RULES = {name: rule for rule, names in _TABLE for name in _words(names)}
+#: What takes tangents past a clamp along.
+_CARRYING = (_add, _sub, _rsub, _mul, _div, _neg, _cat, _stack, _repeat, _getitem, _index_select, _gather, _flip, _roll)
+_CARRY = {name for name, rule in _RULES.items() if rule in (*_CARRYING, _copy, _second, _nested)}
 #: These may have several dual arguments and still carry.
 _MANY = {"cat", "concat", "concatenate", "stack", "tensor", "as_tensor", "copy_", "fill_"}
 _OWNERS = (torch, torch.Tensor, F, torch.linalg, torch.fft, torch.special, torch._C._nn)
+#: Operators may have the name of a method: ``__pow__`` that of ``pow``.
+_DUNDER = {getattr(torch.Tensor, n): n for n in dir(torch.Tensor) if n.startswith("__") and n.endswith("pow__")}
 _OPS: dict[Any, Op] = {}
 
 
@@ -886,21 +863,19 @@ def operation(func: Callable[..., Any]) -> Op:
     return op
 
 
-def carries(op: Op, duals: int) -> bool:
+def carries(op: Op, c: Call) -> bool:
     """Whether tangents that pass by a clamp go on through this operation."""
-    return op.carry and (duals == 1 or op.name in _MANY)
+    return op.carry and (op.name in _MANY or sum(id(x) in c.values for x in leaves((c.args, c.kwargs))) == 1)
 
 
 def _resolve(func: Any) -> Op:
-    name = _base_name(func)
+    name = _DUNDER.get(func, _base_name(func))
     if name in ("__get__", "__set__", "__delete__"):
-        part = getattr(getattr(func, "__self__", None), "__name__", "")
-        return Op(part, "setpart" if name == "__set__" and part in ("real", "imag") else "pass")
+        return Op(name, "pass")
     if not _ours(func, name):
         return Op(name, "derive")
-    for kind, names in _KINDS.items():
-        if name in names:
-            return Op(name, kind)
+    if name in _KIND_OF:
+        return Op(name, _KIND_OF[name])
     if name in _REFUSED:
         return Op(name, "refuse", why=_REFUSED[name])
     if name in ("copy_", "fill_"):
@@ -917,7 +892,7 @@ def _resolve(func: Any) -> Op:
 def _ours(func: Any, name: str) -> bool:
     """Whether the name means what torch means by it."""
     packet = getattr(func, "_overloadpacket", func)
-    if "aten" in str(getattr(packet, "_qualified_op_name", "")):
+    if str(getattr(packet, "_qualified_op_name", "")).startswith("aten::"):
         return True
     if name.startswith("__") and name.endswith("__"):
         return getattr(torch.Tensor, name, None) == func
@@ -937,7 +912,8 @@ def _twin(func: Any, name: str) -> Callable[..., Any] | None:
 
 def _inplace(func: Any) -> int | None:
     """Place of an argument ``inplace``."""
-    if not inspect.isfunction(func):
+    try:
+        names = list(inspect.signature(func).parameters)
+    except (ValueError, TypeError):
         return None
-    names = list(inspect.signature(func).parameters)
     return names.index("inplace") if "inplace" in names else None

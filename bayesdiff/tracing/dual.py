@@ -145,6 +145,7 @@ class DualNumbers(TorchFunctionMode):
         self._handed: list[tuple[int, int, _Entry]] = []  # sorted: first byte, number of bytes
         self._numbers = 0  # escapes that are no arrays
         self._due = 0  # registrations until the next purge
+        self._failure: UnsupportedPipelineError | None = None
         # glibc returns each freed shadow to the kernel, and clearing new pages costs more than the arithmetic. Once a block of
         # this size was freed (it is never touched), glibc keeps up to twice as much.
         torch.empty(31 << 20, dtype=torch.uint8)
@@ -173,7 +174,7 @@ class DualNumbers(TorchFunctionMode):
             ArgumentError: ``x`` is not real floating point, or its elements share memory.
             ShapeError: The tangents have another shape, or another L than the rest of the memory that ``x`` is a part of.
         """
-        with torch._C.DisableTorchFunction(), Quiet():
+        with Quiet():
             if not x.is_floating_point():
                 raise ArgumentError(f"expected a tensor of real floating point, got {x.dtype}")
             if any(step == 0 and n > 1 for step, n in zip(x.stride(), x.shape, strict=True)):
@@ -237,12 +238,23 @@ class DualNumbers(TorchFunctionMode):
         for mode in (self, *popped):
             _push_mode(mode)
 
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        super().__exit__(kind, error, trace)
+        if isinstance(error, TypeError) and error is not self._failure is not None:
+            raise self._failure from error  # operators of torch turn a TypeError into "unsupported operand type(s)"
+
     # --------------------------------------------------------------------------------------------------- operations
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
+        try:
+            return self._operate(func, args, kwargs or {})
+        except UnsupportedPipelineError as error:
+            self._failure = error
+            raise
+
+    def _operate(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         op = operation(func)
         if op.kind == "pass" or not self._entries:
             return func(*args, **kwargs)
@@ -306,7 +318,10 @@ class DualNumbers(TorchFunctionMode):
         if len(lengths) > 1:
             name = getattr(call.func, "__name__", repr(call.func))
             raise ShapeError(f"expected the same number of tangents for all arguments of {name}, got {sorted(lengths)}")
-        result: Any = NotImplemented if op.rule is None else op.rule(call)
+        result: Any = NotImplemented
+        if op.rule is not None:
+            with contextlib.suppress(RuntimeError, NotImplementedError, IndexError):  # the general way will say why
+                result = op.rule(call)
         if result is not NotImplemented and not isinstance(result, list):
             result = [result]
         elif result is not NotImplemented and len(result) == len(list(leaves(call.out))):
@@ -316,7 +331,7 @@ class DualNumbers(TorchFunctionMode):
         if op.clamp and id(call.first) in found:
             x, entry = found[id(call.first)]
             return [(result[0], entry.free(x))]
-        if carries(op, len(found)) and any(e.shadow.free is not None for _, e in found.values()):
+        if carries(op, call) and any(e.shadow.free is not None for _, e in found.values()):
             return [(result[0], op.rule(call.replaced(tangents={k: e.free(x) for k, (x, e) in found.items()})))]
         return [(t, None) for t in result]
 
@@ -334,9 +349,10 @@ class DualNumbers(TorchFunctionMode):
                 twin.kwargs = {**kwargs, "inplace": False}
             with Quiet():
                 pair = self._derive(op, twin, found, [0])[0]
-        before = _versions(args[1:])
+        others = [x for x in leaves((args, kwargs)) if _key(x) != _key(target)]
+        before = _versions(others)
         out = func(*args, **kwargs)
-        if before != _versions(args[1:]) and all(x is not target for x in args[1:]):
+        if before != _versions(others):
             raise unsupported(call, "it changes an argument in a way that is not known")
         if inexact(target):
             with Quiet():
@@ -379,14 +395,6 @@ class DualNumbers(TorchFunctionMode):
 
     def _on_refuse(self, op: Op, call: Call, found: Found) -> Any:
         raise unsupported(call, op.why)
-
-    def _on_setpart(self, op: Op, call: Call, found: Found) -> None:
-        """``x.real = y``."""
-        x, value = call.args
-        part = x.real if op.name == "real" else x.imag
-        self.__torch_function__(
-            torch.Tensor.copy_ if isinstance(value, Tensor) else torch.Tensor.fill_, (), (part, value)
-        )
 
     def _on_setitem(self, op: Op, call: Call, found: Found) -> Any:
         """``x[index] = value``."""

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten_with_path, tree_leaves
+from torch.utils._pytree import tree_flatten, tree_flatten_with_path, tree_leaves, tree_unflatten
 
 from bayesdiff.checks import NotRepeatableError, UnsupportedPipelineError, check_finite
 from bayesdiff.head.find import Head
@@ -109,14 +109,15 @@ class Session:
         self._checked = True
         self._recording = self._live = False
         self._states: list[Any] = []
-        self._first: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+        self._asked = False
+        self._coupled: dict[int, bool] = {}
 
     def record(self) -> Any:
         """The first run: the function as it is.
 
         Raises:
             UnsupportedPipelineError: It does not call the network.
-            NotRepeatableError: The network draws random numbers, or gives the same call another answer.
+            NotRepeatableError: The network draws random numbers.
         """
         self._recording = True
         try:
@@ -128,7 +129,6 @@ class Session:
             raise UnsupportedPipelineError(
                 f"expected the function to call {type(self.network.module).__name__}, got no call of it"
             )
-        self._ask_again()
         return value
 
     def replay(
@@ -143,6 +143,9 @@ class Session:
             on_component: The same for calls of other modules.
             function: Another function with the same arguments; by default the same.
             checked: Whether inputs must be those of the first run.
+
+        Raises:
+            NotRepeatableError: They are not, or the network gives the same call another answer.
         """
         self._on_network, self._on_component, self._checked = on_network, on_component, checked
         for box in (self.network, *self.others):
@@ -205,6 +208,8 @@ class Session:
             with self.trace.paused():
                 if self._checked:
                     _same(box, n, call, args, kwargs)
+                if box is self.network and not self._asked:
+                    self._ask_again(box, args, kwargs)
                 output = copied(call.output)
                 handler = self._on_network if box is self.network else self._on_component
                 if handler is not None:
@@ -224,8 +229,6 @@ class Session:
             before = self.run.states()
             if box.calls:
                 self.noisy |= not same_state(self._states, before)
-            else:
-                self._first = copied((args, kwargs))
             with torch.no_grad(), reading(self.head) as read:
                 output = box.original(*args, **kwargs)
             self.evaluations += 1
@@ -249,21 +252,48 @@ class Session:
         finally:
             self._inside = False
 
-    def _ask_again(self) -> None:
-        """The first call once more: a network with a memory answers otherwise."""
-        if self._first is None:
-            return
-        args, kwargs = self._first
-        again = tensors(self.evaluate(self.network, args, kwargs))
-        for one, other in zip(tensors(self.network.calls[0].output), again, strict=True):
+    def coupled(self, box: Box, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> bool:
+        """Whether the rows of a batch act on each other (frames that a decoder sees together, views that attend to each other).
+
+        Asked once of each module, by one evaluation with the first row of its first argument moved: the others must not change.
+        """
+        if id(box) not in self._coupled:
+            self._coupled[id(box)] = False
+            moved = _first_row_moved(args, kwargs, output)
+            if moved is not None:
+                again = self.evaluate(box, *moved)
+                pairs = zip(tensors(output), tensors(again), strict=True)
+                self._coupled[id(box)] = any(not torch.equal(a[1:], b[1:]) for a, b in pairs if a.is_floating_point())
+        return self._coupled[id(box)]
+
+    def _ask_again(self, box: Box, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """The first call once more, after all others: a network with a memory answers otherwise."""
+        known = box.calls[0].output
+        self._asked = True
+        if _first_row_moved(args, kwargs, known) is not None and not self.coupled(box, args, kwargs, known):
+            return  # the other rows have answered as before
+        again = tensors(self.evaluate(box, args, kwargs))
+        for one, other in zip(tensors(known), again, strict=True):
             if not torch.equal(one, other):
                 apart = float((one.double() - other.double()).abs().max())
                 raise NotRepeatableError(
-                    f"expected {type(self.network.module).__name__} to give the same call the same answer, got a difference "
-                    f"of {apart:.3g} (largest output: {float(one.abs().max()):.3g}): it remembers earlier calls (a block "
-                    "cache?) or computes with random numbers"
+                    f"expected {type(box.module).__name__} to give the same call the same answer, got a difference of {apart:.3g} "
+                    f"(largest output: {float(one.abs().max()):.3g}): it remembers earlier calls (a block cache?) or computes with "
+                    "random numbers"
                 )
-        self._first = None
+
+
+def _first_row_moved(args: Any, kwargs: Any, output: Any) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """The arguments with the first row of the first tensor moved; None where there are no rows."""
+    leaves, spec = tree_flatten((args, kwargs))
+    found = [f for f in tensors(output) if f.is_floating_point()]
+    i = next((i for i, x in enumerate(leaves) if isinstance(x, Tensor) and x.ndim > 1 and x.is_floating_point()), None)
+    if i is None or not found or any(f.ndim < 2 or len(f) != len(leaves[i]) for f in found) or len(found[0]) < 2:
+        return None
+    leaves[i] = leaves[i].clone()
+    leaves[i][0] += 0.1 * leaves[i][0].abs().mean() + 0.01
+    moved: tuple[tuple[Any, ...], dict[str, Any]] = tree_unflatten(leaves, spec)
+    return moved
 
 
 @contextmanager

@@ -32,21 +32,23 @@ class Rows:
     listed: bool = False
 
     @classmethod
-    def of(cls, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> tuple[Rows, Rows]:
-        """The rows of what enters a network with tangents, and of what it returns."""
+    def of(cls, inputs: Sequence[Tensor], outputs: Sequence[Tensor], *, joined: bool = False) -> tuple[Rows, Rows]:
+        """The rows of what enters a network with tangents, and of what it returns; one if they are ``joined``."""
         given, returned = tuple(x.shape for x in inputs), tuple(x.shape for x in outputs)
+        if joined:
+            return cls(given, 1), cls(returned, 1)
+        if len(given) == len(returned) > 1 and len(set(given)) == len(set(returned)) == 1:
+            return cls(given, len(given), True), cls(returned, len(returned), True)
         lengths = {s[0] if len(s) else 1 for s in (*given, *returned)}
         if len(lengths) == 1 and all(len(s) > 1 for s in (*given, *returned)):
             (number,) = lengths
             return cls(given, number), cls(returned, number)
-        if len(given) == len(returned) > 1 and len(set(given)) == len(set(returned)) == 1:
-            return cls(given, len(given), True), cls(returned, len(returned), True)
         return cls(given, 1), cls(returned, 1)
 
     def row_shape(self, i: int) -> torch.Size:
         """What a row has of tensor i."""
         shape = self.shapes[i]
-        return shape[1:] if not self.listed and len(shape) and shape[0] == self.number else shape
+        return shape[1:] if not self.listed and len(shape) > 1 and shape[0] == self.number else shape
 
     def pack(self, parts: Sequence[Tensor], lead: int = 0) -> Tensor:
         """Tensors to ``(R, *lead, P)``; with ``lead`` = 1 each has a dimension of tangents in front."""

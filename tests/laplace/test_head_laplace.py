@@ -23,10 +23,14 @@ MC_TOLERANCE = 5.0
 
 def problem(kind, seed=0):
     torch.manual_seed(seed)
-    if kind == "conv":
-        layer, x = nn.Conv2d(2, 2, 3, padding=1), torch.randn(12, 2, 4, 3)
-    else:
-        layer, x = nn.Linear(5, 3), torch.randn(12, 4, 5)
+    layer, shape = {
+        "conv": (nn.Conv2d(2, 2, 3, padding=1), (2, 4, 3)),
+        "conv1d": (nn.Conv1d(2, 2, 3, padding=1), (2, 6)),
+        "conv3d": (nn.Conv3d(2, 2, (2, 3, 1)), (2, 3, 4, 2)),
+        "linear": (nn.Linear(5, 3), (4, 5)),
+        "vectors": (nn.Linear(5, 3), (5,)),
+    }[kind]
+    x = torch.randn(12, *shape)
     with torch.no_grad():
         y = layer(x) + 0.5 * torch.randn_like(layer(x))
     return layer, x, y
@@ -44,7 +48,7 @@ def pair(kind, structure, **settings):
 
 
 @pytest.mark.parametrize("structure", THEIRS)
-@pytest.mark.parametrize("kind", ["conv", "linear"])
+@pytest.mark.parametrize("kind", ["conv", "conv1d", "conv3d", "linear", "vectors"])
 def test_equals_laplace_torch_where_it_is_right(kind, structure):
     ours, theirs, x = pair(kind, structure, temperature=2.0)
     assert isinstance(ours, ParametricLaplace)

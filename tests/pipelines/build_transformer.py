@@ -187,7 +187,7 @@ def wan(scheduler: Callable[[], Any], networks: int = 1) -> Callable[[], Any]:
             ) for _ in range(networks)
         ]  # fmt: skip
         decoder = d.AutoencoderKLWan(
-            base_dim=4, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True]
+            base_dim=16, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True]
         )
         return d.WanPipeline(
             tokenizer=byte_tokenizer(), text_encoder=t5(multilingual=True), vae=decoder, scheduler=scheduler(),

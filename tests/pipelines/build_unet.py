@@ -77,8 +77,9 @@ def controlnet() -> dict:
 def upscaler() -> Any:
     """Four times as large; the network sees the small image beside x, and how noisy it is."""
     return d.StableDiffusionUpscalePipeline(
-        vae=vae(blocks=3), text_encoder=clip(), tokenizer=clip_tokenizer(), unet=unet(in_channels=7, num_class_embeds=1000),
-        low_res_scheduler=schedule(d.DDPMScheduler), scheduler=schedule(d.DDIMScheduler, prediction_type="v_prediction"),
+        vae=vae(blocks=3, scaling_factor=0.08333), text_encoder=clip(), tokenizer=clip_tokenizer(),
+        unet=unet(in_channels=7, num_class_embeds=1000), low_res_scheduler=schedule(d.DDPMScheduler),
+        scheduler=schedule(d.DDIMScheduler, prediction_type="v_prediction"),
     )  # fmt: skip
 
 
@@ -165,7 +166,9 @@ def kandinsky() -> Any:
         latent_channels=4, vq_embed_dim=4, num_vq_embeddings=12, block_out_channels=(32, 32), norm_num_groups=4,
         norm_type="spatial", down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
     )  # fmt: skip
-    movq.decoder.conv_out.weight.data /= 8  # images as large as images are
+    for name, weight in movq.decoder.named_parameters():
+        if name.endswith(("conv_y.weight", "conv_b.weight")):  # the latents modulate every norm: gently
+            weight.data /= 8
     return d.KandinskyV22Pipeline(unet=network, scheduler=scheduler, movq=movq)
 
 
