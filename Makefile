@@ -41,5 +41,6 @@ $(READY): pyproject.toml constraints.txt tools/drop_broken_torchvision.py
 	[ -x $(PY) ] || $(PYTHON) -m venv $(VENV)
 	$(PIP) torch
 	$(PIP) --editable '.[test,experiments]'
+	$(PIP) --no-deps k-diffusion # its samplers are tested; the packages that it asks for are not needed for them
 	$(PY) tools/drop_broken_torchvision.py
 	@rm $(UNFINISHED) && touch $@

@@ -5,7 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from diffusers import DDPMScheduler, DiTTransformer2DModel, SD3Transformer2DModel, UNet2DModel
+from diffusers import (
+    DDIMPipeline,
+    DDIMScheduler,
+    DDPMScheduler,
+    DiTTransformer2DModel,
+    ImagePipelineOutput,
+    SD3Transformer2DModel,
+    UNet2DModel,
+)
+from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
 from bayesdiff import LaplacePosterior, fit
@@ -63,6 +72,54 @@ def class_posterior(pipe: ClassConditionalPipeline, scale: float = 1.0) -> Lapla
     return fit(
         network_only, data, dataset_size=round(32 * scale), generator=torch.Generator().manual_seed(2), progress=False
     )
+
+
+class GuidedPipeline(DDIMPipeline):
+    """A guided U-Net: what a pipeline can do between network and scheduler.
+
+    Set on the object: ``rescale``, φ of guidance rescale, a number or one for each step; ``interval``, the first and the last
+    guided step; ``single``, whether there is one branch where s = 1; ``bend``, what else is done to g; ``mix``, what is added to
+    the sample behind each step.
+    """
+
+    rescale: float | list[float] = 0.0
+    interval = (0, 1000)
+    single = True
+    bend = staticmethod(lambda g: g)
+    mix = 0.0
+
+    @torch.no_grad()
+    def __call__(self, batch_size=1, generator=None, num_inference_steps=5, scale=3.0, sequential=False, classes=None):
+        self.scheduler.set_timesteps(num_inference_steps)
+        shape = (batch_size, 1, self.unet.config.sample_size, self.unet.config.sample_size)
+        x = randn_tensor(shape, generator=generator, dtype=self.unet.dtype)
+        kinds = torch.arange(batch_size) % 3 if classes is None else torch.tensor(classes)
+        scales = torch.as_tensor(scale, dtype=self.unet.dtype).view(-1, 1, 1, 1)  # one, or one for each sample
+        for n, t in enumerate(self.scheduler.timesteps):
+            labels = [torch.full((batch_size,), self.unet.config.num_class_embeds - 1), kinds]
+            s = scales if self.interval[0] <= n <= self.interval[1] else torch.ones(1)
+            if self.single and bool((s == 1).all()):
+                g = self.unet(x, t, class_labels=labels[1]).sample
+            else:
+                if sequential:
+                    f_u, f_c = (self.unet(x, t, class_labels=y).sample for y in labels)
+                else:
+                    f_u, f_c = self.unet(torch.cat([x, x]), t, class_labels=torch.cat(labels)).sample.chunk(2)
+                g = f_u + s * (f_c - f_u)
+                amount = self.rescale[n] if isinstance(self.rescale, list) else self.rescale
+                if amount:
+                    g = g * (1 - amount + amount * f_c.std((1, 2, 3), keepdim=True) / g.std((1, 2, 3), keepdim=True))
+            x = self.scheduler.step(self.bend(g), t, x).prev_sample
+            x = x + self.mix * x.sin()
+        return ImagePipelineOutput(images=(x / 2 + 0.5).clamp(0, 1))
+
+
+def guided(dtype: torch.dtype = torch.float32, scale: float = 1.0) -> tuple[GuidedPipeline, LaplacePosterior]:
+    """One on a tiny class-conditional U-Net, and its posterior."""
+    pipe = class_pipeline(DDIMScheduler(clip_sample=False), dtype)
+    made = GuidedPipeline(pipe.unet, pipe.scheduler)
+    made.set_progress_bar_config(disable=True)
+    return made, class_posterior(pipe, scale)
 
 
 def seeds(*values: int) -> list[torch.Generator]:

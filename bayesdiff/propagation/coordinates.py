@@ -8,6 +8,7 @@ number, and it falls or rises from call to call.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,15 +21,23 @@ from bayesdiff.tracing.rerun import same_state
 
 
 def levels(calls: Sequence[Call]) -> list[float] | None:
-    """The noise level of each call, as the network is told it; None where no argument is one."""
-    best: list[float] | None = None
+    """The noise level of each call, as the network is told it; None where no argument is one.
+
+    Rather a single number than several, rather one that falls or rises, rather one of many values.
+    """
+    best: tuple[bool, bool, list[float]] | None = None
     for name in calls[0].scalars:
         if not all(name in call.scalars for call in calls):
             continue
         values = [float(call.scalars[name].mean()) for call in calls]
-        if len(set(values)) > (1 if best is None else 2 * len(set(best))):
-            best = values
-    return best
+        if len(set(values)) < 2:
+            continue
+        single = all(call.scalars[name].numel() == 1 for call in calls)
+        steps = [b - a for a, b in itertools.pairwise(values) if a != b]
+        found = (single, min(steps) > 0 or max(steps) < 0, values)
+        if best is None or found[:2] > best[:2] or (found[:2] == best[:2] and len(set(values)) > 2 * len(set(best[2]))):
+            best = found
+    return None if best is None else best[2]
 
 
 def branch_order(calls: Sequence[Call]) -> list[tuple[int, int]]:

@@ -85,7 +85,7 @@ def values(output: Any, trace: DualNumbers | None) -> Tensor:
         return found.unflatten(0, (len(result), len(result[0]))) if nested else found
     if all(isinstance(x, np.ndarray | float | int) for x in leaves):
         array = np.asarray(result if isinstance(result, np.ndarray) else leaves)
-        return _placed(torch.from_numpy(np.ascontiguousarray(array)).double(), _channels_last(array))
+        return _placed(torch.from_numpy(np.ascontiguousarray(array)).double(), _channels_last(np.asarray(leaves[0])))
     raise UnsupportedPipelineError(
         f"expected the function to return tensors, arrays or PIL images, got {type(result).__name__}"
     )

@@ -10,7 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bayesdiff.checks import BayesdiffWarning, NonFiniteError, UnsupportedPipelineError, UnsupportedSchedulerError
+from bayesdiff.checks import (
+    BayesdiffWarning,
+    NonFiniteError,
+    UnsupportedPipelineError,
+    UnsupportedSchedulerError,
+    check_finite,
+)
 from bayesdiff.diffusion.parametrization import alpha_sigma, prediction_type
 from bayesdiff.gaussian import Gaussian
 from bayesdiff.head.find import Head
@@ -24,7 +30,6 @@ from bayesdiff.propagation.steps import Direct, DrawnVariance, branches, step_va
 from bayesdiff.propagation.tangents import TangentRun
 from bayesdiff.tracing.network import Session, modules_of
 from bayesdiff.tracing.rerun import Rerun
-from bayesdiff.tracing.rows import in_rows
 from bayesdiff.tracing.step import OnStep, Probe, Spy, Step, call_step, previous_sample
 
 
@@ -51,8 +56,8 @@ class UncertainRun:
         self.deviations, self.seed = deviations, seed
         self.run = Rerun(function, args, kwargs)
         self.scheduler = getattr(function, "scheduler", None)
-        rows = in_rows(network) if settings.batch_invariant else None
-        self.session = Session(self.run, network, head, modules_of(self.run, args, kwargs, network), rows)
+        others = modules_of(self.run, args, kwargs, network)
+        self.session = Session(self.run, network, head, others, by_row=settings.batch_invariant)
         self.direct = Direct(self.session, posterior.geometry, deviations, by_sample=settings.batch_invariant)
         self.steps: list[Step] = []
 
@@ -107,6 +112,7 @@ class UncertainRun:
             variances = [d if v is None else v for v, d in zip(variances, drawn.variances, strict=True)]
         found = [v for v in variances if v is not None]
         steps = [Gaussian(s.output.to(v.dtype), v) for s, v in zip(self.steps, found, strict=True)]
+        self.steps.clear()  # their samples are not needed any more
         return {"steps": steps, "exact_steps": exact}
 
     def _counts(self) -> dict[str, int]:
@@ -135,6 +141,7 @@ class UncertainRun:
 
         again = run.carry(self.again(on_step))
         found = returned(again, self.session.trace)
+        check_finite("results", found.value, "the function itself returns them")
         tangents = found.tangents.double()
         variance = tangents.square().sum(0) / len(self.deviations)
         if not bool(torch.isfinite(variance).all()):
@@ -171,6 +178,7 @@ class UncertainRun:
         run.run(output, self.again(on_step), after)
         along = [Gaussian(m.mean.float(), m.variance.float()) for m in moments]
         factors = run.factors
+        check_finite("variances", run.result.variance, "a member returns such values")
         return UncertaintyOutput(
             output, run.result.variance.float(), **self._counts(), **predicted, latents=along[-1] if along else None,
             trajectory=along if settings.trajectory and along else None,

@@ -20,6 +20,8 @@ from bayesdiff.tracing.rerun import tensors
 
 #: h δx is so large, relative to x.
 NUDGE = 2e-3
+#: With more network calls than this, δf is kept in half precision: three digits are enough for a check that warns at 15 %.
+MANY = 100
 #: Relative differences that are warned of, and that are refused: clipping alone may leave a few per cent.
 DOUBTFUL, WRONG = 0.15, 0.5
 
@@ -36,12 +38,13 @@ class SelfCheck:
         self._moves: dict[tuple[int, int], list[Tensor | None]] = {}  # δf
         self._expected: dict[tuple[int, int], dict[int, Tensor]] = {}  # δx, by argument
         self._h = 0.0
+        self._kept = torch.float32 if len(session.network.calls) < MANY else torch.bfloat16
         self._sign = 0.0
         self._points: dict[tuple[int, int], dict[int, Tensor]] = {}
 
     def remember(self, box: Box, n: int, args: Any, kwargs: Any, moves: list[Tensor | None] | None) -> None:
         """In the traced run: δx of this call's inputs where it is looked at, and δf of its outputs."""
-        self._moves[id(box), n] = [None if t is None else t[0].clone() for t in moves or []]
+        self._moves[id(box), n] = [None if t is None else t[0].to(self._kept, copy=True) for t in moves or []]
         if n not in (len(box.calls) // 2, len(box.calls) - 1):
             return
         found = {i: (x, self.session.trace.tangents(x)) for i, x in enumerate(tensors((args, kwargs)))}

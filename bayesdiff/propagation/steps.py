@@ -33,8 +33,9 @@ class Direct:
     def __call__(self, n: int) -> list[Tensor | None]:
         """Of call n: ``(K, …)`` for every output tensor, None where the head has no part in it."""
         call = self.session.network.calls[n]
-        assert call.features is not None and call.tail is not None
-        x = call.features.to(torch.promote_types(call.features.dtype, torch.float32))
+        assert call.tail is not None
+        x = call.features
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
         if self._placed is None or self._placed.dtype != x.dtype or self._placed.device != x.device:
             self._placed = self.deviations.to(x)
         rows = x.split(1) if self.by_sample else [x]
@@ -78,7 +79,7 @@ def row_features(call: Call, row: int) -> tuple[Tensor, Tensor, Tensor] | None:
 
     None where the head's rows are not those of the output, or multiples of them.
     """
-    assert call.features is not None and call.tail is not None
+    assert call.tail is not None
     part = call.tail.parts[call.tail.main()]
     assert part is not None
     listed = len(call.tail.parts) > 1
@@ -87,10 +88,11 @@ def row_features(call: Call, row: int) -> tuple[Tensor, Tensor, Tensor] | None:
         if part is None:
             return None
     rows = len(call.tail.parts) if listed else part.shape[0]
-    if len(call.features) % rows:
+    features = call.features
+    if len(features) % rows:
         return None
-    block = len(call.features) // rows
-    phi = call.features[row * block : (row + 1) * block]
+    block = len(features) // rows
+    phi = features[row * block : (row + 1) * block]
     size = part.head_size // rows
     if part.index is None:
         return phi, torch.arange(size, device=phi.device), part.scale

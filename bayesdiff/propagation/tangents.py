@@ -116,7 +116,7 @@ class TangentRun:
         total = [t for t, f in zip(self.direct(n), tensors(output), strict=True) if f.is_floating_point()]
         if entered:
             response = self._respond(box, n, entered, self.branches.get(n))
-            total = [r if t is None else t + r for t, r in zip(total, response, strict=True)]
+            total = [r if t is None else r.add_(t) for t, r in zip(total, response, strict=True)]
         if self._beside:
             raise UnsupportedPipelineError(
                 f"expected what {', '.join(self._beside)} makes of the sample to enter the network at once, got a network "
@@ -232,9 +232,10 @@ class TangentRun:
 
 def _confirmed(known: Branches | None, rows: Tensor) -> Branches:
     """The branches of a call, if their tangents are really the same; else each row is a sample."""
-    if known is None or known.rows.numel() != len(rows) or not bool((rows[known.rows] == rows[known.rows[:, :1]]).all()):
+    if known is None or known.rows.numel() != len(rows):
         return Branches.alone(len(rows))
-    return known
+    same = all(torch.equal(rows[m], rows[first]) for first, *others in known.rows.tolist() for m in others)
+    return known if same else Branches.alone(len(rows))
 
 
 class _Module:

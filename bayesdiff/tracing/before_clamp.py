@@ -44,8 +44,13 @@ class BeforeClamp(DualNumbers):
         out = func(*args, **kwargs)
         if op.kind == "inplace" and not op.clamp and 0 in found:
             self.drop(leaves[0])
-        if isinstance(before, Tensor) and isinstance(out, Tensor) and out.shape == before.shape:
+        seen = isinstance(out, Tensor) and not op.clamp and any(_same_memory(out, leaves[i]) for i in found)  # a view
+        if isinstance(before, Tensor) and isinstance(out, Tensor) and out.shape == before.shape and not seen:
             with torch._C.DisableTorchFunction(), torch.no_grad():
                 past = before.to(torch.promote_types(out.dtype, torch.float32))
                 self._write(out, torch.zeros(1, *out.shape, dtype=past.dtype, device=out.device), past[None])
         return out
+
+
+def _same_memory(one: Tensor, other: Tensor) -> bool:
+    return one.untyped_storage()._cdata == other.untyped_storage()._cdata

@@ -646,7 +646,7 @@ def _pointwise(c: Call) -> Tangents:
     if any(x.is_complex() for x in c.values.values()):
         return NotImplemented
     ids, total = list(c.values), []
-    primals = [_primal(c.values[k]) for k in ids]
+    primals = [_up(c.values[k].detach()) for k in ids]
 
     def apply(*parts: Tensor) -> Any:
         new = dict(zip(ids, parts, strict=True))
@@ -660,12 +660,6 @@ def _pointwise(c: Call) -> Tangents:
     return _total(total)
 
 
-def _primal(x: Tensor) -> Tensor:
-    """A value to differentiate at: float32 or better, and not of inference mode."""
-    x = _up(x.detach())
-    return x.clone() if x.is_inference() else x
-
-
 def generic(c: Call, picked: Sequence[int]) -> list[Tensor]:
     """``vmap(jvp(op))`` for some of its outputs, in chunks of the tangents.
 
@@ -673,7 +667,7 @@ def generic(c: Call, picked: Sequence[int]) -> list[Tensor]:
         UnsupportedPipelineError: torch has no derivative of it.
     """
     ids = list(c.tangents)
-    primals = tuple(_primal(c.values[k]) for k in ids)
+    primals = tuple(_up(c.values[k].detach()) for k in ids)
     ts = [t.to(p.dtype) for t, p in zip(c.tangents.values(), primals, strict=True)]
 
     def apply(*parts: Tensor) -> tuple[Tensor, ...]:

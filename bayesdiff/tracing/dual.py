@@ -347,8 +347,14 @@ class DualNumbers(TorchFunctionMode):
                 twin.args = (*args[: op.inplace], False, *args[op.inplace + 1 :])
             elif op.inplace is not None:
                 twin.kwargs = {**kwargs, "inplace": False}
-            with Quiet():
-                pair = self._derive(op, twin, found, [0])[0]
+            sources = (
+                found
+                if op.twin or op.kind == "derive"
+                else {k: v for k, v in found.items() if k == id(call.get(1, "other", "src", "value"))}
+            )
+            if sources:  # copy_ and fill_ depend on nothing else
+                with Quiet():
+                    pair = self._derive(op, twin, sources, [0])[0]
         others = [x for x in leaves((args, kwargs)) if _key(x) != _key(target)]
         before = _versions(others)
         out = func(*args, **kwargs)

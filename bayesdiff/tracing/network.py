@@ -9,10 +9,12 @@ inputs differ from those of the first run is an error.
 from __future__ import annotations
 
 import functools
+import math
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -23,8 +25,11 @@ from bayesdiff.checks import NotRepeatableError, UnsupportedPipelineError, check
 from bayesdiff.head.find import Head
 from bayesdiff.tracing.dual import DualNumbers
 from bayesdiff.tracing.rerun import Rerun, copied, reachable, same_state, tensors
+from bayesdiff.tracing.rows import check_rows, in_rows, number_of_rows
 from bayesdiff.tracing.tail import Tail, reading
 
+#: Features of a run that take more bytes than this are kept in half precision; a map then changes by less than half a per cent.
+KEPT = 2**26
 #: A tensor among the arguments with no more numbers than this may be a timestep or a noise level.
 SMALL = 64
 
@@ -39,7 +44,8 @@ class Call:
         output: What it returned, tensors copied.
         sums: Two sums over every tensor among its arguments, to recognise them by.
         scalars: Small numeric arguments by their place, ``(1,)`` or ``(R,)`` float64 on the CPU.
-        features: φ, what entered the head.
+        kept: φ, what entered the head, divided by a scale where it is kept in half precision.
+        scale: That scale; 0 where φ is kept as it was.
         tail: From the head's output to the network's.
         rounding: ε of the coarsest arithmetic that was seen in the call.
         agreement: ⟨x, f⟩ of the first tensor that entered and the first that came out, where they have one shape.
@@ -48,10 +54,23 @@ class Call:
     output: Any
     sums: list[float]
     scalars: dict[str, Tensor]
-    features: Tensor | None = None
+    kept: Tensor | None = None
+    scale: float = 0.0
     tail: Tail | None = None
     rounding: float = 0.0
     agreement: float = 0.0
+
+    @property
+    def features(self) -> Tensor:
+        """φ, in the dtype that it had, or float32."""
+        assert self.kept is not None
+        return self.kept if self.scale == 0 else self.kept.float() * self.scale
+
+    def shrink(self) -> None:
+        """Keep φ in half precision from now on."""
+        if self.kept is not None and self.kept.dtype == torch.float32:
+            self.scale = 2.0 ** math.ceil(math.log2(float(self.kept.abs().amax()) or 1.0))
+            self.kept = (self.kept / self.scale).half()
 
 
 class Box:
@@ -81,16 +100,17 @@ class Session:
         network: The denoising network.
         head: Its output layer.
         components: Other modules that the function may call, by name.
-        in_rows: A wrapper of the network's ``forward`` that evaluates it row by row, if that is wanted.
+        by_row: Whether to evaluate the network row by row.
     """
 
     def __init__(
-        self, run: Rerun, network: nn.Module, head: Head, components: dict[str, nn.Module] | None = None,
-        in_rows: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None,
-    ) -> None:  # fmt: skip
+        self, run: Rerun, network: nn.Module, head: Head, components: dict[str, nn.Module] | None = None, *, by_row: bool = False
+    ) -> None:
         self.run, self.head = run, head
         self.network = Box("the network", network)
-        if in_rows is not None:
+        self._whole = self.network.original if by_row else None  # until it was compared
+        self.by_row = by_row
+        if by_row:
             self.network.original = in_rows(self.network.original)
         distinct = {id(module): (name, module) for name, module in (components or {}).items()}
         self.others = [
@@ -110,6 +130,7 @@ class Session:
         self._recording = self._live = False
         self._states: list[Any] = []
         self._asked = False
+        self._bytes = 0
         self._coupled: dict[int, bool] = {}
 
     def record(self) -> Any:
@@ -229,9 +250,15 @@ class Session:
             before = self.run.states()
             if box.calls:
                 self.noisy |= not same_state(self._states, before)
-            with torch.no_grad(), reading(self.head) as read:
+            rows = number_of_rows(args, kwargs) if self.by_row else 1
+            with torch.no_grad(), reading(self.head, rows) as read:
                 output = box.original(*args, **kwargs)
             self.evaluations += 1
+            if self._whole is not None and rows > 1:
+                with torch.no_grad():
+                    check_rows(output, self._whole(*args, **kwargs), box.module)
+                self.evaluations += 1
+                self._whole = None
             self._states = self.run.states()
             if not same_state(before, self._states):
                 raise NotRepeatableError(
@@ -247,7 +274,11 @@ class Session:
                 check_finite("network outputs", f, "the network overflows in this dtype: use bfloat16 or float32")
             alike = bool(returned) and given[0].shape == returned[0].shape
             agreement = float((given[0].double() * returned[0].double()).sum()) if alike else 0.0
-            box.calls.append(Call(kept, sums, scalars, features, tail, rounding, agreement))
+            box.calls.append(Call(kept, sums, scalars, features, 0.0, tail, rounding, agreement))
+            self._bytes += features.numel() * features.element_size()
+            if self._bytes > KEPT:
+                for call in box.calls if self._bytes - features.numel() * features.element_size() <= KEPT else box.calls[-1:]:
+                    call.shrink()
             return output
         finally:
             self._inside = False
@@ -374,9 +405,10 @@ def _scalars(args: Any, kwargs: Any) -> dict[str, Tensor]:
 def _same(box: Box, n: int, call: Call, args: Any, kwargs: Any) -> None:
     sums = _sums(args, kwargs)
     if sums != call.sums and not _both_nan(sums, call.sums):
+        one, other = next(pair for pair in zip_longest(sums, call.sums) if pair[0] != pair[1])
         raise NotRepeatableError(
-            f"expected call {n} of {box.name} to have the inputs of the first run, got others (sums {sums[:2]} instead of "
-            f"{call.sums[:2]}): the sampler draws noise from a source of its own, or remembers something between runs; give it "
+            f"expected call {n} of {box.name} to have the inputs of the first run, got others (a sum of {one} instead of "
+            f"{other}): the sampler draws noise from a source of its own, or remembers something between runs; give it "
             "its noise through generator= or a noise sampler with a seed"
         )
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
 Generators = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
 
@@ -103,10 +103,25 @@ def same_state(one: Any, other: Any) -> bool:
 
 
 def reachable(function: Any) -> Iterator[Any]:
-    """What a function brings along: its closure, its defaults, what a partial holds, what its object has for attributes."""
-    while isinstance(function, functools.partial):
-        yield from (function.args, function.keywords)
-        function = function.func
+    """What a function brings along: its closure, its defaults, what a partial holds, what its object has for attributes.
+
+    And the same of the functions among these: a decorator holds what it decorates.
+    """
+    waiting, seen = [function], {id(function)}
+    while waiting:
+        for value in _held(waiting.pop()):
+            yield value
+            for leaf in tree_leaves(value):
+                if (hasattr(leaf, "__code__") or isinstance(leaf, functools.partial)) and id(leaf) not in seen:
+                    seen.add(id(leaf))
+                    waiting.append(leaf)
+
+
+def _held(function: Any) -> Iterator[Any]:
+    """What one function holds itself."""
+    if isinstance(function, functools.partial):
+        yield from (function.func, function.args, function.keywords)
+        return
     yield from (cell.cell_contents for cell in getattr(function, "__closure__", None) or () if _full(cell))
     yield from (getattr(function, "__defaults__", None), getattr(function, "__kwdefaults__", None))
     owner = getattr(function, "__self__", None)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from bayesdiff.checks import UnsupportedPipelineError
 
@@ -62,10 +62,10 @@ class Rows:
         """``(R, P)``, or ``(R, L, P)``, back to tensors: ``(…)``, or ``(L, …)``."""
         lead = rows.shape[1:-1]
         if self.listed:
-            return [row.reshape(*lead, *shape) for row, shape in zip(rows, self.shapes, strict=True)]
+            return [row.reshape((*lead, *shape)) for row, shape in zip(rows, self.shapes, strict=True)]
         sizes = [shape.numel() // self.number for shape in self.shapes]
         pieces = rows.movedim(0, -2).split(sizes, dim=-1)
-        return [piece.reshape(*lead, *shape) for piece, shape in zip(pieces, self.shapes, strict=True)]
+        return [piece.reshape((*lead, *shape)) for piece, shape in zip(pieces, self.shapes, strict=True)]
 
 
 def repeated(value: Any, rows: int, times: int) -> Any:
@@ -75,38 +75,30 @@ def repeated(value: Any, rows: int, times: int) -> Any:
     return value
 
 
-def in_rows(network: nn.Module) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """A wrapper of the network's ``forward`` that evaluates it one row at a time.
+def in_rows(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A network's ``forward``, evaluated one row at a time.
 
     A network evaluated on a batch of eight and on one of them alone gives the same numbers only to rounding: libraries choose their
     algorithms by the size of the batch. One row at a time, they have no choice. Every tensor among the arguments whose
-    first dimension is as long as the first tensor's is taken to have a row for each.
-
-    Raises:
-        UnsupportedPipelineError: The first call shows that rows of the batch are not those of single calls.
+    first dimension is as long as the first tensor's is taken to have a row for each; :func:`check_rows` makes sure.
     """
-    checked = False
 
-    def wrap(forward: Callable[..., Any]) -> Callable[..., Any]:
-        def wrapper(*args: Any, **kwargs: Any) -> Any:
-            nonlocal checked
-            leaves, spec = tree_flatten((args, kwargs))
-            first = next((x for x in leaves if isinstance(x, Tensor) and x.ndim > 1), None)
-            rows = 1 if first is None else len(first)
-            outputs = []
-            for i in range(rows):
-                own = [x[i : i + 1] if isinstance(x, Tensor) and x.ndim and len(x) == rows else x for x in leaves]
-                row_args, row_kwargs = tree_unflatten(own, spec)
-                outputs.append(forward(*row_args, **row_kwargs))
-            joined = _join(outputs)
-            if not checked and rows > 1:
-                checked = True
-                _check(first_tensor(joined), first_tensor(forward(*args, **kwargs)), network)
-            return joined
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        leaves, spec = tree_flatten((args, kwargs))
+        rows = number_of_rows(args, kwargs)
+        outputs = []
+        for i in range(rows):
+            own = [x[i : i + 1] if isinstance(x, Tensor) and x.ndim and len(x) == rows else x for x in leaves]
+            row_args, row_kwargs = tree_unflatten(own, spec)
+            outputs.append(forward(*row_args, **row_kwargs))
+        return _join(outputs)
 
-        return wrapper
+    return wrapper
 
-    return wrap
+
+def number_of_rows(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """How many rows the first tensor of a call has; 1 where there is none."""
+    return next((len(x) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.ndim > 1), 1)
 
 
 def _join(outputs: list[Any]) -> Any:
@@ -126,7 +118,18 @@ def first_tensor(output: Any) -> Tensor:
     return output if isinstance(output, Tensor) else output[0]
 
 
-def _check(rows: Tensor, batch: Tensor, network: nn.Module) -> None:
+def check_rows(by_row: Any, together: Any, network: nn.Module) -> None:
+    """Make sure that rows of a batch are those of single calls.
+
+    Args:
+        by_row: What the network returned row by row.
+        together: What it returns for the whole batch.
+        network: For the message.
+
+    Raises:
+        UnsupportedPipelineError: They are not.
+    """
+    rows, batch = first_tensor(by_row), first_tensor(together)
     apart, size = float((rows - batch).abs().max()), float(batch.abs().max())
     allowed = torch.finfo(batch.dtype).eps ** 0.5 * size
     if not apart <= allowed:

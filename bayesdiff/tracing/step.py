@@ -11,6 +11,7 @@ rescaled, for example) is not a weighted sum, and the step is not ``exact``.
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 from collections.abc import Callable
@@ -61,6 +62,12 @@ class Spy:
 
     def __len__(self) -> int:
         return len(self._scheduler)
+
+    def __copy__(self) -> Any:  # a copy is a scheduler of its own, whose steps are not seen
+        return copy.copy(self._scheduler)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return copy.deepcopy(self._scheduler, memo)
 
 
 def previous_sample(result: Any) -> Tensor:

@@ -78,14 +78,19 @@ class Tail:
 
 
 class Reading:
-    """What was seen of the head in one call of its network."""
+    """What was seen of the head in one call of its network.
 
-    def __init__(self, head: Head) -> None:
-        self.head = head
+    Args:
+        head: The head.
+        passes: How many passes through it are expected: as many as rows, where the network is evaluated row by row.
+    """
+
+    def __init__(self, head: Head, passes: int = 1) -> None:
+        self.head, self.passes = head, passes
         self.trace = DualNumbers()
         self.inputs: list[Tensor] = []
-        self.output: Tensor | None = None
-        self.numbers = torch.empty(0)
+        self.sizes: list[torch.Size] = []  # of what came out
+        self.numbers: list[Tensor] = []
         self.rounding = 0.0
         self.traced = ExitStack()
 
@@ -96,42 +101,46 @@ class Reading:
         coarsest = {x.dtype, output.dtype}
         if torch.is_autocast_enabled(x.device.type):
             coarsest.add(torch.get_autocast_dtype(x.device.type))
-        self.rounding = max(torch.finfo(d).eps for d in coarsest)
-        if len(self.inputs) > 1:
+        self.rounding = max(self.rounding, *(torch.finfo(d).eps for d in coarsest))
+        if len(self.inputs) > self.passes:
             return
-        self.output = output
-        n = torch.arange(output.numel(), device=output.device).view(output.shape)
+        self.head.check_linear(x, output)  # at once: what follows may write into it
+        n = torch.arange(output.numel(), device=output.device).view(output.shape) + self.size
         dtype = torch.promote_types(output.dtype, torch.float32)
-        self.numbers = torch.stack([torch.ones_like(n), n % BASE, n // BASE]).to(dtype)
-        self.trace.attach(output, self.numbers.clone())
+        self.numbers.append(torch.stack([torch.ones_like(n), n % BASE, n // BASE]).to(dtype))
+        self.sizes.append(output.shape)
+        self.trace.attach(output, self.numbers[-1].clone())
         self.traced.enter_context(self.trace.resumed())
+
+    @property
+    def size(self) -> int:
+        """The numbers of h, so far."""
+        return sum(s.numel() for s in self.sizes)
 
     def result(self, output: Any) -> tuple[Tensor, Tail, float]:
         """φ, the tail and the rounding, from what the network returned.
 
         Raises:
-            UnsupportedHeadError: The head was passed more or less than once, or is not followed by a permutation.
+            UnsupportedHeadError: The head was passed more or less often than expected, or is not followed by a permutation.
         """
-        if len(self.inputs) != 1 or self.output is None:
+        if len(self.inputs) != self.passes or not self.sizes:
+            wanted = "one pass" if self.passes == 1 else f"{self.passes} passes"
             raise UnsupportedHeadError(
-                f"expected one pass through {self.head.path!r} in a network call, got {len(self.inputs)}: name the output "
+                f"expected {wanted} through {self.head.path!r} in a network call, got {len(self.inputs)}: name the output "
                 'layer with head="path.to.layer"; a compiled network that ran before must be given uncompiled'
             )
-        getattr(self.head, "check_linear", lambda *_: None)(self.inputs[0], self.output)
         parts = tuple(self._part(f) for f in tensors(output))
         if not any(parts):
             raise UnsupportedHeadError(
                 f"expected the network's output to depend on {self.head.path!r}, got none of its numbers in the output"
             )
-        features = self.inputs[0]
+        features = self.inputs[0] if self.passes == 1 else torch.cat(self.inputs)
         return features.clone() if features._is_view() else features, Tail(parts), self.rounding
 
     def _part(self, f: Tensor) -> Part | None:
-        h = self.output
-        assert h is not None
         t = self.trace.tangents(f)
-        if t is not None and f.shape == h.shape and torch.equal(t, self.numbers):
-            return Part(f.shape, None, torch.ones(1), h.numel())
+        if t is not None and torch.equal(t, torch.cat(self.numbers, dim=1)):
+            return Part(f.shape, None, torch.ones(1), self.size)
         if t is None or f.numel() == 0:
             return None
         ones, low, high = t.detach().flatten(1).double()
@@ -142,7 +151,7 @@ class Reading:
         low, high = low / safe, high / safe
         index = (low.round() + BASE * high.round()).long()
         exact = (low - low.round()).abs().le(0.02) & (high - high.round()).abs().le(0.02)
-        exact &= (low.round() >= 0) & (low.round() < BASE) & (index >= 0) & (index < h.numel())
+        exact &= (low.round() >= 0) & (low.round() < BASE) & (index >= 0) & (index < self.size)
         wrong = reached & ~exact
         if bool(wrong.any()) or int(torch.bincount(index[reached]).max()) > 1:
             raise UnsupportedHeadError(
@@ -154,13 +163,13 @@ class Reading:
         scale = torch.where(reached, ones, 0.0)
         if bool((scale == scale[0]).all()):
             scale = scale[:1]
-        return Part(f.shape, index, scale, h.numel())
+        return Part(f.shape, index, scale, self.size)
 
 
 @contextmanager
-def reading(head: Head) -> Iterator[Reading]:
+def reading(head: Head, passes: int = 1) -> Iterator[Reading]:
     """See what enters the head and what follows it, in one call of the network inside this context."""
-    seen = Reading(head)
+    seen = Reading(head, passes)
     handle = head.layer.register_forward_hook(seen.seen)
     try:
         with seen.trace, seen.trace.paused():

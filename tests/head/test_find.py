@@ -120,7 +120,7 @@ def test_numbers_in_several_digits(name, monkeypatch):
         digits = send_numbers(network.get_submodule(path), lambda: (calls.append(1), call(network))[1])
     assert torch.equal(whole.index, digits.index)
     assert torch.equal(whole.sign, digits.sign)
-    assert len(calls) >= 4
+    assert len(calls) >= 3
 
 
 def test_a_network_that_returns_less_precision_than_its_head():
@@ -254,7 +254,7 @@ def test_pipelines_with_several_networks():
 def test_pipelines_with_a_network_of_another_name():
     network = networks.mlp()
     pipe = Pipe(model=network)
-    with pytest.raises(HeadNotFoundError, match='head="network.path.to.layer"'):
+    with pytest.raises(HeadNotFoundError, match=r'head="network\.path\.to\.layer"'):
         denoiser(pipe)
     assert denoiser(pipe, "model.last") is network
     assert find_head(pipe, "model.last").layer is network.last

@@ -117,9 +117,8 @@ def test_autocast_does_not_reach_the_algebra(case):
     def everything():
         return [
             geometry.apply(case.inputs, weight[None]), geometry.gram(case.inputs), geometry.squared(case.inputs, weight),
-            geometry.outer(case.inputs, case.residuals), geometry.squared_norm(case.inputs, weight[None], weight[:, :1].abs()),
-        ] if len(weight) == 1 else [
-            geometry.apply(case.inputs, weight[None]), geometry.gram(case.inputs), geometry.outer(case.inputs, case.residuals)
+            geometry.outer(case.inputs, case.residuals),
+            geometry.squared_norm(case.inputs, weight[None], weight[:, : len(weight)].square()),
         ]  # fmt: skip
 
     plain = everything()
@@ -189,12 +188,8 @@ def test_shifted_is_the_layer_with_other_weights(case, dtype):
         with head.shifted(delta):
             shifted = layer(x) if dtype != torch.float32 else layer(input=x)
         assert shifted.dtype == dtype
-        torch.testing.assert_close(
-            shifted.double(),
-            other(x.double()),
-            rtol=1e-5 if dtype != torch.bfloat16 else 0.1,
-            atol=1e-4 if dtype != torch.bfloat16 else 0.1,
-        )
+        tolerance = 0.05 if dtype == torch.bfloat16 else 1e-5
+        torch.testing.assert_close(shifted.double(), other(x.double()), rtol=tolerance, atol=tolerance)
 
 
 HALF = [torch.bfloat16, torch.float16]

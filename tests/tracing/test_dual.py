@@ -932,6 +932,18 @@ def test_what_is_attached_is_not_written_to() -> None:
         x[0] = 0
     assert torch.equal(t, kept)
     assert torch.equal(dual.tangents(x)[:, 1], 2 * t[:, 1])
+    dual, x, _ = start(*A)
+    dual.attach(x, t)
+    with dual:
+        x[0] = 0
+    assert torch.equal(t, kept)
+    dual.attach(x, t[:1].expand(L, *A))
+    with dual:
+        x[0] = x[1]
+        y = x.clone()
+        y[1] = y[0] * 2
+    assert torch.equal(t, kept)
+    assert torch.equal(dual.tangents(y)[2, 1], 2 * t[0, 1])
 
 
 @pytest.mark.parametrize("shape", [(L, 2, 3), (2, 3, 4), (L, 2, 3, 4, 1)])
@@ -968,6 +980,11 @@ def test_arguments_must_agree_in_length() -> None:
             x[0] = y[0]
         with pytest.raises(ShapeError, match="expected 3 tangents"):
             x[torch.tensor([0])] = y[:1]
+        y.copy_(x)  # all of it is new
+        assert dual.tangents(y).shape == (L, *A)
+        dual.attach(y, torch.ones(2, *A))
+        torch.mul(x, 2, out=y)
+        assert dual.tangents(y).shape == (L, *A)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -1155,6 +1172,7 @@ def test_memory_of_an_array_is_used_again() -> None:
             assert dual.tangents(other) is None
             dual.escapes.clear()
             del array, kept, other
+            assert all(dual.tangents(torch.empty(A, dtype=torch.float64)) is None for _ in range(5))
     assert len(dual._handed) < 4
 
 
@@ -1493,6 +1511,15 @@ def test_shared_shadows_are_copied_before_a_write() -> None:
     assert torch.equal(dual.tangents(w)[:, :, 0], t[:, :, 1])
 
 
+def test_a_part_does_not_keep_the_whole() -> None:
+    dual, x, _ = start(100, 4)
+    with dual:
+        y = x[:1].clone()
+        z = x[:, 0].contiguous()
+    assert dual.tangents(y).untyped_storage().nbytes() == L * 4 * 8
+    assert dual.tangents(z).untyped_storage().nbytes() == L * 100 * 8
+
+
 def test_in_place_on_the_whole_needs_no_copy() -> None:
     dual, x, _ = start(*A)
     with dual:
@@ -1557,6 +1584,106 @@ def test_schedulers(name: str, settings: dict[str, Any]) -> None:
         (want,) = differences(lambda v: sample(name, settings, v), [x], [t], h=3e-6)
         out, dual, _ = traced(lambda v: sample(name, settings, v), [x], [t])
     torch.testing.assert_close(dual.tangents(out), want, rtol=0, atol=1e-7 * max(want.abs().max().item(), 1e-2))
+
+
+# ---------------------------------------------------------------------------------------------------- random programs
+
+
+def program(seed: int, x: Tensor) -> Tensor:
+    """Thirty random operations on (3, 3) tensors that are views and buffers of each other."""
+    rng = np.random.default_rng(seed)
+    pool = [
+        x * 1,
+        fixed(x, 3, 3),
+        torch.zeros(4, 3, 3, dtype=x.dtype)[1],
+        torch.stack([x, x]).mean((0, 1)).expand(3, 3).clone(),
+    ]
+
+    def pick() -> Tensor:
+        return pool[rng.integers(len(pool))]
+
+    def new() -> Tensor:
+        kind, a, b, n = rng.integers(14), pick(), pick(), int(rng.integers(3))
+        if kind == 0:
+            return a + b
+        if kind == 1:
+            return torch.sin(a * b)
+        if kind == 2:
+            return torch.cat([a[n:], b[:n]])
+        if kind == 3:
+            return a.mT
+        if kind == 4:
+            return a.clone().t()
+        if kind == 5:
+            return torch.stack([a, b, a], dim=n).select(n, int(rng.integers(3)))
+        if kind == 6:
+            return a + 1
+        if kind == 7:
+            return (a * 0.5).detach()
+        if kind == 8:
+            pool.append(a + x)  # numpy sees a dual: what shares memory with a plain tensor is not known
+            return torch.from_numpy(pool[-1].numpy())
+        if kind == 9:
+            return torch.zeros(5, 5, dtype=x.dtype)[1:4, :3]
+        if kind == 10:
+            return a[[2, 0, 1]].flip(n % 2)
+        if kind == 11:
+            return a[n].expand(3, 3).contiguous() * b
+        if kind == 12:
+            return copy.deepcopy(a)
+        return torch.matmul(a, b).tanh()
+
+    def change() -> None:
+        kind, a, b, n = rng.integers(12), pick(), pick().clone(), int(rng.integers(3))
+        if kind == 0:
+            a.add_(b)
+        elif kind == 1:
+            a.mul_(b).sin_()
+        elif kind == 2:
+            a[n] = b[0]
+        elif kind == 3:
+            a[:, n] = 0.3
+        elif kind == 4:
+            a.copy_(b)
+        elif kind == 5:
+            torch.add(a, b, out=a)
+        elif kind == 6:
+            a[b > 0.2] = 0.1
+        elif kind == 7:
+            a[torch.tensor([n, (n + 1) % 3]), :] = b[:2]
+        elif kind == 8:
+            a[n].zero_()
+        elif kind == 9:
+            a.clamp_(-0.9, 0.9)
+        elif kind == 10:
+            a.index_put_((torch.tensor([n]), torch.tensor([0])), b[0, :1])
+        else:
+            torch.mul(b, 0.5, out=b)
+            a.lerp_(b, 0.3)
+
+    for _ in range(30):
+        if rng.random() < 0.5:
+            pool.append(new())
+        else:
+            change()
+        while len(pool) > 7:
+            del pool[rng.integers(len(pool))]
+    return torch.stack(pool)
+
+
+@pytest.mark.parametrize("context", ["no_grad", "inference_mode"])
+@pytest.mark.parametrize("seed", range(40))
+def test_random_programs(seed: int, context: str) -> None:
+    xs, ts = dual_inputs([(3, 3)], torch.float64)
+    with CONTEXTS[context]():
+        out, dual, _ = traced(lambda x: program(seed, x), xs, ts)
+        assert torch.equal(out, program(seed, xs[0].clone()))
+        (want,) = differences(lambda x: program(seed, x), xs, ts, h=1e-5)
+    got = dual.tangents(out)
+    if got is None:
+        assert want.abs().max() == 0
+        return
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-7 * max(1.0, want.abs().max().item()))
 
 
 # --------------------------------------------------------------------------------------------------------------- speed
