@@ -1,35 +1,63 @@
 """Uncertainty of pretrained diffusion and flow models, through a Laplace posterior over their output layer."""
 
-from bayesdiff import rng, zoo
-from bayesdiff.checks import BayesdiffError, BayesdiffWarning
-from bayesdiff.fit import fit
-from bayesdiff.gaussian import Gaussian
-from bayesdiff.head.find import Head, find_head
-from bayesdiff.laplace import links
-from bayesdiff.laplace.posterior import LaplacePosterior
-from bayesdiff.laplace.statistics import Statistics
-from bayesdiff.output import UncertaintyOutput
-from bayesdiff.pipeline import UncertaintyPipeline, propagate
-from bayesdiff.propagation.settings import BayesDiff, Ensemble, Tangents
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from bayesdiff import rng as rng
+    from bayesdiff import zoo as zoo
+    from bayesdiff.checks import BayesdiffError as BayesdiffError
+    from bayesdiff.checks import BayesdiffWarning as BayesdiffWarning
+    from bayesdiff.fitting import fit as fit
+    from bayesdiff.gaussian import Gaussian as Gaussian
+    from bayesdiff.head.find import Head as Head
+    from bayesdiff.head.find import find_head as find_head
+    from bayesdiff.laplace import links as links
+    from bayesdiff.laplace.posterior import LaplacePosterior as LaplacePosterior
+    from bayesdiff.laplace.statistics import Statistics as Statistics
+    from bayesdiff.output import UncertaintyOutput as UncertaintyOutput
+    from bayesdiff.pipeline import UncertaintyPipeline as UncertaintyPipeline
+    from bayesdiff.pipeline import propagate as propagate
+    from bayesdiff.propagation.settings import BayesDiff as BayesDiff
+    from bayesdiff.propagation.settings import Ensemble as Ensemble
+    from bayesdiff.propagation.settings import Tangents as Tangents
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "BayesDiff",
-    "BayesdiffError",
-    "BayesdiffWarning",
-    "Ensemble",
-    "Gaussian",
-    "Head",
-    "LaplacePosterior",
-    "Statistics",
-    "Tangents",
-    "UncertaintyOutput",
-    "UncertaintyPipeline",
-    "find_head",
-    "fit",
-    "links",
-    "propagate",
-    "rng",
-    "zoo",
-]
+# Imported when they are asked for: ``bayesdiff --help`` needs no torch.
+_MODULES = {
+    "BayesDiff": "propagation.settings",
+    "BayesdiffError": "checks",
+    "BayesdiffWarning": "checks",
+    "Ensemble": "propagation.settings",
+    "Gaussian": "gaussian",
+    "Head": "head.find",
+    "LaplacePosterior": "laplace.posterior",
+    "Statistics": "laplace.statistics",
+    "Tangents": "propagation.settings",
+    "UncertaintyOutput": "output",
+    "UncertaintyPipeline": "pipeline",
+    "find_head": "head.find",
+    "fit": "fitting",
+    "links": "laplace.links",
+    "propagate": "pipeline",
+    "rng": "rng",
+    "zoo": "zoo",
+}
+_ARE_MODULES = ("links", "rng", "zoo")
+
+__all__ = sorted(_MODULES)
+
+
+def __getattr__(name: str) -> Any:
+    """The public names."""
+    if name not in _MODULES:
+        raise AttributeError(f"module 'bayesdiff' has no attribute {name!r}")
+    module = import_module(f"bayesdiff.{_MODULES[name]}")
+    value = module if name in _ARE_MODULES else getattr(module, name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

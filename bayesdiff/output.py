@@ -18,14 +18,14 @@ class UncertaintyOutput:
 
     Args:
         output: What the function or pipe returned, whole and unchanged.
-        variance: Over the posterior of the weights, shaped as the main result (``(B, C, H, W)`` for images, ``(B, F, C, H, W)`` for
-            frames: channels where PyTorch has them), float32, in the square of its units (pixels: 0–1), before the last
+        variance: Over the posterior of the weights, shaped as the main result (``(B, C, H, W)`` for images, ``(B, F, C, H, W)``
+            for frames: channels where PyTorch has them), float32, in the square of its units (pixels: 0–1), before the last
             clamp. Those of BayesDiff's recursion can be negative.
         calls: Network calls in all, the plain run's included; one on G times the batch counts as G.
         plain_calls: The plain run's own.
         other_calls: Evaluations of other modules (a VAE's decoder, a ControlNet) beyond the plain run's.
-        latents: A pipeline's last sample and its variance (0 where that is negative), in the network's space. The mean is the pipe's
-            own for tangents, the members' mean for ensembles, the recursion's E[x] for BayesDiff. None outside a pipeline.
+        latents: A pipeline's last sample and its variance (0 where that is negative), in the network's space. The mean is the
+            pipe's own for tangents, the members' mean for ensembles, the recursion's E[x] for BayesDiff. None outside a pipeline.
         steps: For each step of a pipeline's scheduler, what it is given (guided) and its variance, which is the closed form
             wherever that is a weighted sum of the network's outputs, and else an estimate from the draws.
         exact_steps: For each step, whether its variance is the closed form.

@@ -166,7 +166,7 @@ def layer_cases() -> list[LayerCase]:
         make("linear-tokens", nn.Linear(6, 4), 16, 5, 6),
         make("linear-tokens-no-bias", nn.Linear(6, 4, bias=False), 16, 5, 6),
         make("linear-vector", nn.Linear(5, 3), 12, 5),
-        make("conv1d3", nn.Conv1d(3, 2, 3, padding=1), 16, 3, 6),
+        make("conv1d3", nn.Conv1d(3, 2, 3, padding=1), 24, 3, 6),
         make("conv1d4-same-no-bias", nn.Conv1d(2, 2, 4, padding="same", bias=False), 16, 2, 7),
         make("conv1d5-circular", nn.Conv1d(2, 3, 5, padding=2, padding_mode="circular"), 16, 2, 5),
         make("conv1d5-lower-than-kernel", nn.Conv1d(2, 1, 5, padding=2), 16, 2, 3),

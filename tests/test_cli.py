@@ -12,7 +12,8 @@ from typer.testing import CliRunner
 
 from bayesdiff import LaplacePosterior, UncertaintyPipeline, fit, zoo
 from bayesdiff.checks import UnknownNameError
-from bayesdiff.cli import app, compare
+from bayesdiff.cli import app
+from bayesdiff.cli.demonstration import compare
 
 
 @pytest.fixture(scope="module")

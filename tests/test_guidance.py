@@ -7,9 +7,9 @@ import re
 
 import pytest
 import torch
+from bayesdiff.guidance import Guidance, solve
 
 from bayesdiff.checks import NonFiniteError, UnsupportedPipelineError
-from bayesdiff.guidance import Guidance, solve
 from bayesdiff.head.find import Head
 from bayesdiff.head.geometry import HeadGeometry
 from bayesdiff.laplace.posterior import LaplacePosterior

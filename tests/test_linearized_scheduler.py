@@ -13,10 +13,10 @@ import diffusers
 import pytest
 import torch
 import torch.autograd.forward_ad as fwad
+from bayesdiff.linearized_scheduler import LinearizedScheduler, copy_scheduler
 from torch.overrides import TorchFunctionMode
 
 from bayesdiff.checks import UnsupportedSchedulerError
-from bayesdiff.linearized_scheduler import LinearizedScheduler, copy_scheduler
 from tests import cases
 
 STEPS = 6

@@ -10,10 +10,10 @@ from unittest import mock
 import diffusers
 import pytest
 import torch
+from bayesdiff.probe import adds_noise, check_affine
 
 from bayesdiff import UncertaintyPipeline
 from bayesdiff.checks import UnsupportedSchedulerError
-from bayesdiff.probe import adds_noise, check_affine
 from bayesdiff.propagation.tangents import plan
 from tests import cases
 from tests.test_linearized_scheduler import ALL

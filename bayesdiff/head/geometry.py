@@ -286,12 +286,13 @@ class HeadGeometry:
             first, count = flat.sum(0, dtype=torch.float64), len(flat)
             shift = mean.double()
         else:
-            mean = x.mean((0, *range(2, x.ndim)))
+            positions = (0, *range(2, x.ndim))
+            mean = x.mean(positions)
             padded = self.pad(x) - mean.view(-1, *(1,) * (x.ndim - 2))
             windows = self._shifts(padded.sum(0, keepdim=True, dtype=torch.float64))
             shape = (self.in_channels, self.kernel_size[0], self.taps // self.kernel_size[0])
             block.unflatten(1, shape).unflatten(0, shape).add_(self._patch_products(padded))
-            first = torch.stack([w.flatten(2).sum((0, 2)) for w in windows], dim=1).flatten()
+            first = torch.stack([w.sum(positions) for w in windows], dim=1).flatten()
             count = len(x) * windows[0][0, 0].numel()
             shift = mean.double().repeat_interleave(len(windows))
         everything = first + count * shift  # Σ φ

@@ -115,7 +115,7 @@ class Head:
             ShapeError: The inputs don't fit the layer.
         """
         stored, bias = weights_in_use(self.layer, self.geometry, self.path)
-        x = inputs.detach().to(torch.float32 if inputs.device.type == "mps" else torch.float64)
+        x = inputs.detach().to(torch.promote_types(inputs.dtype, torch.float32))
         weight = _matrix(stored, bias).to(x)
         expected = self.geometry.apply(x, weight[None])[0]
         if output.shape != expected.shape:

@@ -17,7 +17,6 @@ import torch
 from bayesdiff.checks import UnsupportedSchedulerError
 from bayesdiff.diffusion.parametrization import alpha_sigma, clean_coefficients, is_flow, prediction_type
 from bayesdiff.tracing.network import Call
-from bayesdiff.tracing.rerun import same_state
 
 
 def levels(calls: Sequence[Call]) -> list[float] | None:
@@ -43,13 +42,14 @@ def levels(calls: Sequence[Call]) -> list[float] | None:
 def branch_order(calls: Sequence[Call]) -> list[tuple[int, int]]:
     """For each call, which branch of its sample it is, and its number among that branch's calls.
 
-    Guidance may call the network for each branch apart: one call after the other with the same sample at the same level. Their
-    responses are different ones.
+    Guidance may call the network for each branch apart: one call after the other with the same sample at the same level, and other
+    conditions. Their responses are different ones.
     """
     out: list[tuple[int, int]] = []
     seen: dict[int, int] = {}
+    at = levels(calls) or [0.0] * len(calls)
     for n, call in enumerate(calls):
-        follows = n > 0 and call.sums[:2] == calls[n - 1].sums[:2] and same_state(call.scalars, calls[n - 1].scalars)
+        follows = n > 0 and call.sums[:2] == calls[n - 1].sums[:2] and at[n] == at[n - 1]
         branch = out[-1][0] + 1 if follows else 0
         out.append((branch, seen.get(branch, 0)))
         seen[branch] = out[-1][1] + 1

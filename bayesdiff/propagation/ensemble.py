@@ -1,8 +1,9 @@
 r"""The reference: the same function run again with other weights, and the moments of what comes out.
 
 Each of M members draws :math:`W_m \sim \mathcal N(W, \Sigma)` once and keeps it for its whole run, from the same noise:
-DIFF-UQ's estimator (UAI 2025), nonlinear, M times the calls. With ``redraw`` it draws anew at every network call, as if the
-errors of the steps were independent, which one network's are not: errors then average out, and the variance is too small.
+DIFF-UQ's estimator (UAI 2025), nonlinear, M times the calls. With ``redraw`` it draws anew for every sample that the network is
+given, as if the errors of the steps were independent, which one network's are not: errors then average out, and the variance is
+too small.
 
 Before the first member the ensemble itself is tested: a run on the recorded outputs, that is with δW = 0, must give the network what
 the first run gave it.
@@ -10,6 +11,7 @@ the first run gave it.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -19,6 +21,7 @@ from torch import Tensor
 
 from bayesdiff.checks import NotRepeatableError
 from bayesdiff.laplace.posterior import LaplacePosterior
+from bayesdiff.propagation.coordinates import branch_order
 from bayesdiff.propagation.returned import values
 from bayesdiff.propagation.settings import Ensemble
 from bayesdiff.rng import item_generator
@@ -106,15 +109,17 @@ class EnsembleRun:
 
     @contextmanager
     def _weights(self, m: int) -> Iterator[None]:
-        """The head with δW of member m; that of the call it is at, if they are redrawn."""
+        """The head with δW of member m; that of the sample that it is given, if they are redrawn: branches of guidance share it."""
         if not self.settings.redraw:
             with self.session.head.shifted(self.deviations[m]):
                 yield
             return
         drawn: dict[int, Tensor] = {}
+        first = [branch == 0 for branch, _ in branch_order(self.session.network.calls)]
+        samples = [n - 1 for n in itertools.accumulate(first)]  # by call
 
         def current() -> Tensor:
-            n = self.session.network.position - 1
+            n = samples[self.session.network.position - 1]
             if n not in drawn:
                 drawn.clear()
                 drawn[n] = self.posterior.deviations(1, item_generator(self.seed, m, n))[0]

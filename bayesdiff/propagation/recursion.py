@@ -116,7 +116,8 @@ class Recursion:
         sample = previous_sample(result).detach()
         self._calls.clear()
         self._previous = sample.clone()
-        assert self._mean is not None and self._variance is not None
+        assert self._mean is not None
+        assert self._variance is not None
         self._along.append(Gaussian(self._mean.float(), self._variance.clamp(min=0).float()))
         del self._along[: 0 if self.settings.trajectory else -1]
         dtype = torch.promote_types(sample.dtype, torch.float32)
@@ -160,7 +161,9 @@ class Recursion:
             NonFiniteError: A moment is NaN or infinite.
             UnsupportedPipelineError: What is returned is not the last sample, scaled.
         """
-        assert self._mean is not None and self._variance is not None and self._previous is not None
+        assert self._mean is not None
+        assert self._variance is not None
+        assert self._previous is not None
         if not bool(torch.isfinite(self._variance).all()):
             raise NonFiniteError("expected finite variances, got NaN or infinity: the recursion has diverged")
         negative = float((self._variance < 0).double().mean())
@@ -203,7 +206,7 @@ class Recursion:
                     continue
                 away = sample - step.sample.double()
                 rows = away.repeat(len(x) // len(away), *[1] * (away.ndim - 1))
-                moved = x.double()
+                moved = x.to(torch.float64, copy=True)
                 moved[:, : rows.shape[1]] += t[-1][:, : rows.shape[1]].double() * rows
                 leaves[i] = moved.to(x.dtype)
             moved_args, moved_kwargs = tree_unflatten(leaves, spec)

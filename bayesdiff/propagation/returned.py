@@ -71,12 +71,13 @@ def values(output: Any, trace: DualNumbers | None) -> Tensor:
     result = main_result(output)
     leaves = tree_leaves(result)
     if leaves and all(isinstance(x, Tensor) for x in leaves):
-        found = [x if trace is None or trace.unclamped(x) is None else trace.unclamped(x)[0] for x in leaves]  # type: ignore[index]
-        return found[0].double() if len(found) == 1 else torch.stack(found).double()
+        known = [None if trace is None else trace.unclamped(x) for x in leaves]
+        every = [x if before is None else before[0] for x, before in zip(leaves, known, strict=True)]
+        return every[0].double() if len(every) == 1 else torch.stack(every).double()
     if trace is not None:
-        before = _array(result, trace) or _pictures(result, trace)
-        if before is not None:
-            return before.tangents[0].double()
+        handed = _array(result, trace) or _pictures(result, trace)
+        if handed is not None:
+            return handed.tangents[0].double()
     if all(isinstance(x, Image.Image) for x in leaves):
         pictures = np.stack([np.asarray(x, dtype=np.float64) for x in leaves]) / 255
         pictures = pictures[..., None] if pictures.ndim == 3 else pictures
@@ -134,7 +135,7 @@ def _array(result: Any, trace: DualNumbers) -> Returned | None:
             whole = join(arrays)
             if whole.shape == result.shape and np.array_equal(whole, result):
                 moved = _channels_last(array)
-                t = torch_join([t for _, t in parts], 1)  # type: ignore[operator]
+                t = torch_join([t for _, t in parts], 1)
                 value = torch.from_numpy(np.ascontiguousarray(result))
                 return Returned(_placed(value, moved), _placed(t, moved))
     return None

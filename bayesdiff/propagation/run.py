@@ -65,7 +65,7 @@ class UncertainRun:
         """All of it; the generators end where one plain run leaves them."""
         try:
             output = self.session.record()
-            self._probe()
+            self.probe()
             if isinstance(self.settings, Ensemble):
                 return self._ensemble(output, self.settings)
             if isinstance(self.settings, BayesDiff):
@@ -86,7 +86,7 @@ class UncertainRun:
         vars(clone)["_progress_bar_config"] = {**bar, "disable": True}
         return clone
 
-    def _probe(self) -> None:
+    def probe(self) -> None:
         """See every step, and which rows of the network's outputs it is given."""
         if self.scheduler is None:
             return
@@ -115,7 +115,7 @@ class UncertainRun:
         self.steps.clear()  # their samples are not needed any more
         return {"steps": steps, "exact_steps": exact}
 
-    def _counts(self) -> dict[str, int]:
+    def _counts(self) -> dict[str, Any]:
         s = self.session
         return {"calls": s.evaluations, "plain_calls": len(s.network.calls), "other_calls": s.other_evaluations}
 
@@ -127,33 +127,42 @@ class UncertainRun:
         )  # fmt: skip
         predicted = self._predicted()
         run.measure(self.again())
-        along: list[Gaussian] = []
+        samples: list[Tensor] = []
+        along: list[Tensor] = []  # Σ_k δx² after each step
 
         def on_step(original: Callable[..., Any], given: dict[str, Any]) -> Any:
             result = call_step(original, given)
             with self.session.trace.paused():
                 sample = previous_sample(result)
                 t = self.session.trace.tangents(sample)
-                variance = torch.zeros_like(sample).float() if t is None else t.square().mean(0).float()
-                along.append(Gaussian(sample.detach().float().clone(), variance))
-                del along[: 0 if settings.trajectory else -1]
+                step = len(samples)
+                samples.append(sample.detach().float().clone())
+                total = torch.zeros_like(samples[-1]) if t is None else sum_of_squares(t)
+                along[step : step + 1] = [total + along[step] if step < len(along) else total]
+                if not settings.trajectory and step:  # only the last is asked for
+                    samples[step - 1] = along[step - 1] = samples[step].new_zeros(())
             return result
 
-        again = run.carry(self.again(on_step))
-        found = returned(again, self.session.trace)
-        check_finite("results", found.value, "the function itself returns them")
-        tangents = found.tangents.double()
-        variance = tangents.square().sum(0) / len(self.deviations)
+        decoded = self.session.decoded()
+        variance, factors = torch.zeros(()), []
+        for draws in run.chunks(decoded=decoded):
+            samples.clear()
+            again = run.carry(draws, self.again(on_step))
+            found = returned(again, self.session.trace)
+            check_finite("results", found.value, "the function itself returns them")
+            variance = variance + sum_of_squares(found.tangents) / len(self.deviations)
+            if settings.factors:
+                factors.append(found.tangents.float() / len(self.deviations) ** 0.5)
         if not bool(torch.isfinite(variance).all()):
             raise NonFiniteError(
                 "expected finite deviations at the end of the run, got NaN or infinity; use float32 or bfloat16, or more extra_calls"
             )
-        factors = (tangents / len(self.deviations) ** 0.5).float() if settings.factors else None
+        steps = [Gaussian(x, v / len(self.deviations)) for x, v in zip(samples, along, strict=True)]
         selfcheck = run.selfcheck.run(self.again())
         return UncertaintyOutput(
-            output, variance.float(), **self._counts(), **predicted, latents=along[-1] if along else None,
-            residual=run.residual(), selfcheck=selfcheck, trajectory=along if settings.trajectory and along else None,
-            factors=factors,
+            output, variance.float(), **self._counts(), **predicted, latents=steps[-1] if steps else None,
+            residual=run.residual(), selfcheck=selfcheck, trajectory=steps if settings.trajectory and steps else None,
+            factors=torch.cat(factors) if factors else None,
         )  # fmt: skip
 
     def _ensemble(self, output: Any, settings: Ensemble) -> UncertaintyOutput:
@@ -196,6 +205,14 @@ class UncertainRun:
         predicted = self._predicted()
         result = run.finish(again)
         return UncertaintyOutput(output, result.variance, **self._counts(), **predicted, latents=result.latents, trajectory=result.trajectory)
+
+
+def sum_of_squares(tangents: Tensor) -> Tensor:
+    """Σ_l t_l² over the first dimension, summed in float64, in float32."""
+    total = torch.zeros(tangents.shape[1:], dtype=torch.float64, device=tangents.device)
+    for t in tangents:
+        total += t.square()
+    return total.float()
 
 
 def check_schedule(scheduler: Any, timestep: Any) -> None:

@@ -72,7 +72,8 @@ class Ensemble(Settings):
 
     Args:
         members: M.
-        redraw: New weights at every network call, as if the errors of the steps were independent.
+        redraw: New weights for every sample that the network is given, as if the errors of the steps were independent; branches of
+            guidance share them.
     """
 
     members: int = 24
@@ -114,13 +115,11 @@ def settings(propagation: str | Settings) -> Settings:
     """
     if isinstance(propagation, Tangents | Ensemble | BayesDiff):
         return propagation
-    named = {
-        "tangents": Tangents, "ensemble": Ensemble, "bayesdiff": BayesDiff,
-        "bayesdiff-centered": lambda: BayesDiff(centered=True),
-    }  # fmt: skip
-    if not isinstance(propagation, str) or propagation not in named:
+    if not isinstance(propagation, str) or propagation not in PROPAGATIONS:
         raise ArgumentError(
             f"expected propagation to be one of {', '.join(map(repr, PROPAGATIONS))}, or bd.Tangents(…), bd.Ensemble(…) or "
             f"bd.BayesDiff(…), got {propagation!r}"
         )
-    return named[propagation]()
+    if propagation == "tangents":
+        return Tangents()
+    return Ensemble() if propagation == "ensemble" else BayesDiff(centered=propagation.endswith("centered"))

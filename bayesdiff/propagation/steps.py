@@ -15,6 +15,8 @@ from bayesdiff.tracing.network import Box, Call, Session
 from bayesdiff.tracing.rerun import tensors
 from bayesdiff.tracing.step import Step, call_step
 
+#: A sum of weights that is less than this share of the largest is taken for 0.
+LEAST = 1e-3
 
 class Direct:
     """The direct term of a network call: δWφ at its output tensors.
@@ -30,8 +32,8 @@ class Direct:
         self.session, self.geometry, self.deviations, self.by_sample = session, geometry, deviations, by_sample
         self._placed: Tensor | None = None
 
-    def __call__(self, n: int) -> list[Tensor | None]:
-        """Of call n: ``(K, …)`` for every output tensor, None where the head has no part in it."""
+    def __call__(self, n: int, draws: slice = slice(None)) -> list[Tensor | None]:
+        """Of call n: ``(K, …)`` for every output tensor, None where the head has no part in it; of some of the draws."""
         call = self.session.network.calls[n]
         assert call.tail is not None
         x = call.features
@@ -39,16 +41,22 @@ class Direct:
         if self._placed is None or self._placed.dtype != x.dtype or self._placed.device != x.device:
             self._placed = self.deviations.to(x)
         rows = x.split(1) if self.by_sample else [x]
-        return call.tail(torch.cat([self.geometry.apply(row, self._placed) for row in rows], dim=1))
+        return call.tail(torch.cat([self.geometry.apply(row, self._placed[draws]) for row in rows], dim=1))
 
 
 def step_variance(step: Step, calls: list[Call], posterior: LaplacePosterior, *, by_sample: bool = False) -> Tensor | None:
-    r"""Var[g] = ψᵀΣψ of the guided features ψ = Σ_m w_m φ_m, shaped as g; None where g is no weighted sum of rows."""
+    r"""Var[g] = ψᵀΣψ of the guided features ψ = Σ_m w_m φ_m, shaped as g; None where g is no weighted sum of rows.
+
+    The bias is a weight of the feature 1, which is Σw in ψ: so ψ is taken relative to Σw, and Σw must not be 0.
+    """
     if not step.exact:
         return None
-    features, maps = [], []
+    features, maps, totals = [], [], []
     for sources in step.sources:
         psi, where = None, None
+        total = sum(s.weight for s in sources)
+        if abs(total) < LEAST * max(abs(s.weight) for s in sources):
+            return None
         for s in sources:
             found = row_features(calls[s.call], s.row)
             if found is None:
@@ -58,18 +66,20 @@ def step_variance(step: Step, calls: list[Call], posterior: LaplacePosterior, *,
             if where is not None and not (torch.equal(where[0], index) and torch.equal(where[1], scale)):
                 return None
             where = (index, scale)
-            part = s.weight * phi.to(torch.promote_types(phi.dtype, torch.float32))
+            part = s.weight / total * phi.to(torch.promote_types(phi.dtype, torch.float32))
             psi = part if psi is None else psi + part
-        assert psi is not None and where is not None
+        assert psi is not None
+        assert where is not None
         features.append(psi)
         maps.append(where)
+        totals.append(total)
     if by_sample:
         variances = [posterior.variance(f) for f in features]
     else:
         variances = list(posterior.variance(torch.cat(features)).split([len(f) for f in features]))
     out = []
-    for variance, (index, scale) in zip(variances, maps, strict=True):
-        row = variance.flatten()[index] * scale.to(variance).square()
+    for variance, (index, scale), total in zip(variances, maps, totals, strict=True):
+        row = variance.flatten()[index] * (total * scale.to(variance)).square()
         out.append(row if step.places is None else row[step.places])
     return torch.stack(out).view(step.output.shape)
 
@@ -113,7 +123,7 @@ def branches(steps: list[Step]) -> dict[int, Branches]:
             rows = torch.tensor([[s.row for s in m] for m in mine])
             weights = torch.tensor([[s.weight for s in m] for m in mine], dtype=torch.float64)
             total = weights.sum(1, keepdim=True)
-            if len(rows.unique()) == rows.numel() and bool((total.abs() > 1e-3 * weights.abs().amax(1, keepdim=True)).all()):
+            if len(rows.unique()) == rows.numel() and bool((total.abs() > LEAST * weights.abs().amax(1, keepdim=True)).all()):
                 found[n] = Branches(rows, weights / total, total[:, 0])
     return found
 

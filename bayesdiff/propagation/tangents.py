@@ -40,6 +40,11 @@ from bayesdiff.rng import item_generator
 from bayesdiff.tracing.network import Box, Session
 from bayesdiff.tracing.rerun import tensors
 
+#: Directions are chosen from no more draws than these.
+CHOOSING = 128
+#: Draws are carried together as long as their tangents of one sample take no more bytes than this.
+TOGETHER = 2**24
+
 
 class TangentRun:
     """All passes of one run behind the first.
@@ -68,6 +73,7 @@ class TangentRun:
         self._order: dict[int, list[tuple[int, int]]] = {}
         self._beside: list[str] = []  # modules whose output must enter the network beside the sample
         self._second = False
+        self._draws = slice(None)
 
     @property
     def responder(self) -> Responder:
@@ -75,7 +81,8 @@ class TangentRun:
         return self._module(self.session.network, 0)[0].responder
 
     def measure(self, function: Callable[..., Any] | None = None) -> None:
-        """The second run."""
+        """The run that measures."""
+        self._draws = slice(0, self.draws if self.exact else CHOOSING)
         self.session.replay(self._network, self._component, function)
         by_box: dict[int, list[Responder]] = {}
         for (box, _), module in self._modules.items():
@@ -85,9 +92,15 @@ class TangentRun:
             for responder in responders:
                 responder.finish()
 
-    def carry(self, function: Callable[..., Any] | None = None) -> Any:
-        """The third run: what the function returns; its tangents are in ``session.trace``."""
-        self._second = True
+    def chunks(self, *, decoded: bool) -> list[slice]:
+        """The draws that are carried together; all of them where a decoder is to choose directions among them."""
+        size = sum(f.numel() for f in floating(self.session.network.calls[0].output)) * 4
+        number = self.draws if decoded else max(1, TOGETHER // size)
+        return [slice(k, min(k + number, self.draws)) for k in range(0, self.draws, number)]
+
+    def carry(self, draws: slice, function: Callable[..., Any] | None = None) -> Any:
+        """The run that interpolates, for some of the draws: what the function returns; its tangents are in ``session.trace``."""
+        self._second, self._draws = True, draws
         return self.session.replay(self._network, self._component, function)
 
     def residual(self) -> Tensor | None:
@@ -113,7 +126,7 @@ class TangentRun:
 
     def _network(self, box: Box, n: int, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         entered = Entered(self.session, box, args, kwargs, output)
-        total = [t for t, f in zip(self.direct(n), tensors(output), strict=True) if f.is_floating_point()]
+        total = [t for t, f in zip(self.direct(n, self._draws), tensors(output), strict=True) if f.is_floating_point()]
         if entered:
             response = self._respond(box, n, entered, self.branches.get(n))
             total = [r if t is None else r.add_(t) for t, r in zip(total, response, strict=True)]
@@ -140,7 +153,7 @@ class TangentRun:
         found = module.responder.apart(place, samples, branches)
         if match is not None:
             a, b = module.coordinates(place)
-            common = (module.responder.denoised(place, samples) - a * samples) / b
+            common = module.responder.denoised(place, samples).add_(samples, alpha=-a).div_(b)
             total = match.written(branches.spread(common), entered.size)
             found = total if found is None else found + total
         if found is None:  # nothing is known yet, and nothing in common
@@ -162,7 +175,7 @@ class TangentRun:
         images = entered.derivatives(
             shifts, branches.spread(chosen.safe), self.settings.directions_per_call, central=self.exact
         )
-        strengths = (samples.double() @ directions.mT).square().mean(1).sqrt()
+        strengths = (samples @ directions.to(samples).mT).double().square().mean(1).sqrt()
         kept = Directions(directions.to(self.dtype), chosen.length, chosen.probe)
         if match is None:
             return Measured(kept, None, images.to(self.dtype), strengths, branches, (0.0, 1.0))
@@ -226,7 +239,7 @@ class TangentRun:
         for f, tangents in zip(floating(output), total, strict=True):
             if tangents is not None:
                 self.session.trace.attach(f, tangents)
-        if self._second:
+        if self._second and self._draws.start == 0:
             self.selfcheck.remember(box, n, args, kwargs, list(total))
 
 

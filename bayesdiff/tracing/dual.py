@@ -144,7 +144,7 @@ class DualNumbers(TorchFunctionMode):
         self._entries: dict[int, _Entry] = {}
         self._handed: list[tuple[int, int, _Entry]] = []  # sorted: first byte, number of bytes
         self._numbers = 0  # escapes that are no arrays
-        self._due = 0  # registrations until the next purge
+        self._due = 0
         self._failure: UnsupportedPipelineError | None = None
         # glibc returns each freed shadow to the kernel, and clearing new pages costs more than the arithmetic. Once a block of
         # this size was freed (it is never touched), glibc keeps up to twice as much.
@@ -238,6 +238,11 @@ class DualNumbers(TorchFunctionMode):
         for mode in (self, *popped):
             _push_mode(mode)
 
+    def __enter__(self) -> DualNumbers:
+        self._failure = None
+        super().__enter__()
+        return self
+
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         super().__exit__(kind, error, trace)
         if isinstance(error, TypeError) and error is not self._failure is not None:
@@ -313,6 +318,8 @@ class DualNumbers(TorchFunctionMode):
 
     def _derive(self, op: Op, call: Call, found: Found, picked: Sequence[int]) -> list[Pair]:
         """Tangents of the picked outputs, and those past a clamp."""
+        if self._due <= 0:
+            self._purge()  # before new memory is asked for
         call.tangents = {k: e.data(x) for k, (x, e) in found.items()}
         lengths = {t.shape[0] for t in call.tangents.values()}
         if len(lengths) > 1:
@@ -347,12 +354,10 @@ class DualNumbers(TorchFunctionMode):
                 twin.args = (*args[: op.inplace], False, *args[op.inplace + 1 :])
             elif op.inplace is not None:
                 twin.kwargs = {**kwargs, "inplace": False}
-            sources = (
-                found
-                if op.twin or op.kind == "derive"
-                else {k: v for k, v in found.items() if k == id(call.get(1, "other", "src", "value"))}
-            )
-            if sources:  # copy_ and fill_ depend on nothing else
+            sources = found
+            if op.kind == "inplace" and op.twin is None:  # copy_ and fill_: the target's own tangents do not matter
+                sources = {k: v for k, v in found.items() if k == id(call.get(1, "other", "src", "value"))}
+            if sources:
                 with Quiet():
                     pair = self._derive(op, twin, sources, [0])[0]
         others = [x for x in leaves((args, kwargs)) if _key(x) != _key(target)]
@@ -372,6 +377,8 @@ class DualNumbers(TorchFunctionMode):
         inside = {id(x) for x in leaves((rest.args, rest.kwargs))}
         sources = {k: v for k, v in found.items() if k in inside}
         pairs: list[Pair] = [(None, None)] * len(targets)
+        if op.name == "normal":
+            raise unsupported(call, "random numbers with out= would be drawn twice")
         if sources and op.kind == "derive":
             rest.values = {k: x for k, (x, _) in sources.items()}
             rest.out = rest.func(*rest.args, **rest.kwargs)
@@ -515,15 +522,19 @@ class DualNumbers(TorchFunctionMode):
 
     def _register(self, storage: torch.UntypedStorage, shadow: _Shadow, offset: int = 0) -> _Entry:
         self._due -= 1
-        if self._due <= 0:  # forget storages that are gone
-            gone = [key for key, entry in self._entries.items() if entry.ref.expired()]
-            for key in gone:
-                del self._entries[key]
-            if gone and self._handed:
-                self._handed = [h for h in self._handed if not h[2].ref.expired()]
-            self._due = len(self._entries) // 64
+        if self._due <= 0:
+            self._purge()
         entry = self._entries[storage._cdata] = _Entry(StorageWeakRef(storage), shadow, offset)
         return entry
+
+    def _purge(self) -> None:
+        """Forget storages that are gone."""
+        gone = [key for key, entry in self._entries.items() if entry.ref.expired()]
+        for key in gone:
+            del self._entries[key]
+        if gone and self._handed:
+            self._handed = [h for h in self._handed if not h[2].ref.expired()]
+        self._due = len(self._entries) // 64  # registrations until the next time: a look at each costs
 
     # ------------------------------------------------------------------------------------------------------- escapes
 

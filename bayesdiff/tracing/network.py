@@ -129,7 +129,7 @@ class Session:
         self._checked = True
         self._recording = self._live = False
         self._states: list[Any] = []
-        self._asked = False
+        self._asked = self._behind = False
         self._bytes = 0
         self._coupled: dict[int, bool] = {}
 
@@ -175,6 +175,10 @@ class Session:
         with self._installed(), torch.no_grad(), self.trace:
             return self.run(function)
 
+    def decoded(self) -> bool:
+        """Whether another module was called behind the last network call of the last replay."""
+        return self._behind
+
     def evaluate(self, box: Box, args: tuple[Any, ...], kwargs: dict[str, Any], number: int = 1) -> Any:
         """The module itself, with other arguments; counted as ``number`` evaluations."""
         if box is self.network:
@@ -218,6 +222,7 @@ class Session:
             with self.trace.paused():
                 return self.evaluate(box, args, kwargs)
         n, box.position = box.position, box.position + 1
+        self._behind |= box is not self.network and self.network.position >= len(self.network.calls)
         if n >= len(box.calls):
             raise NotRepeatableError(
                 f"expected {len(box.calls)} calls of {box.name} in every run, as in the first, got another: the function "
@@ -293,8 +298,9 @@ class Session:
             moved = _first_row_moved(args, kwargs, output)
             if moved is not None:
                 again = self.evaluate(box, *moved)
-                pairs = zip(tensors(output), tensors(again), strict=True)
-                self._coupled[id(box)] = any(not torch.equal(a[1:], b[1:]) for a, b in pairs if a.is_floating_point())
+                listed = _listed(args, kwargs, output)
+                pairs = zip(_other_rows(output, listed), _other_rows(again, listed), strict=True)
+                self._coupled[id(box)] = any(not torch.equal(a, b) for a, b in pairs)
         return self._coupled[id(box)]
 
     def _ask_again(self, box: Box, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -319,12 +325,30 @@ def _first_row_moved(args: Any, kwargs: Any, output: Any) -> tuple[tuple[Any, ..
     leaves, spec = tree_flatten((args, kwargs))
     found = [f for f in tensors(output) if f.is_floating_point()]
     i = next((i for i, x in enumerate(leaves) if isinstance(x, Tensor) and x.ndim > 1 and x.is_floating_point()), None)
-    if i is None or not found or any(f.ndim < 2 or len(f) != len(leaves[i]) for f in found) or len(found[0]) < 2:
+    if i is None or not found:
         return None
     leaves[i] = leaves[i].clone()
-    leaves[i][0] += 0.1 * leaves[i][0].abs().mean() + 0.01
+    row = leaves[i]
+    if not _listed(args, kwargs, output):
+        if any(f.ndim < 2 or len(f) != len(leaves[i]) for f in found) or len(found[0]) < 2:
+            return None
+        row = row[0]
+    row += 0.1 * row.abs().mean() + 0.01
     moved: tuple[tuple[Any, ...], dict[str, Any]] = tree_unflatten(leaves, spec)
     return moved
+
+
+def _listed(args: Any, kwargs: Any, output: Any) -> bool:
+    """Whether rows are tensors of their own, in lists."""
+    found = [f for f in tensors(output) if f.is_floating_point()]
+    given = [x for x in tensors((args, kwargs)) if x.ndim > 1 and x.is_floating_point()][: len(found)]
+    return len(given) == len(found) > 1 and len({x.shape for x in given}) == len({f.shape for f in found}) == 1
+
+
+def _other_rows(output: Any, listed: bool) -> list[Tensor]:
+    """All but the first."""
+    found = [f for f in tensors(output) if f.is_floating_point()]
+    return found[1:] if listed else [f[1:] for f in found]
 
 
 @contextmanager

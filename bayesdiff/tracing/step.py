@@ -50,7 +50,7 @@ class Spy:
 
         self.__dict__.update(_scheduler=scheduler, step=step)
 
-    @property
+    @property  # type: ignore[misc]
     def __class__(self) -> Any:  # pipelines ask what kind of scheduler they have
         return self._scheduler.__class__
 
@@ -211,5 +211,5 @@ def rows_of(output: Any) -> tuple[int, list[Tensor]]:
 def call_step(original: Callable[..., Any], given: dict[str, Any]) -> Any:
     """The scheduler's own step, with the arguments as they were bound."""
     signature = inspect.signature(original)
-    bound = inspect.BoundArguments(signature, given)  # type: ignore[arg-type]
+    bound = inspect.BoundArguments(signature, given)
     return original(*bound.args, **bound.kwargs)

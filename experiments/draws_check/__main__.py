@@ -39,7 +39,8 @@ def main(
     dimensions = min(posterior.mean.numel(), posterior.num_images)  # the rank of Σ
 
     def run(number: int, draw_seed: int, orthogonal: bool) -> torch.Tensor:
-        up = bayesdiff.UncertaintyPipeline(pipe, posterior, num_tangents=number, refresh=1, num_directions=number)
+        settings = bayesdiff.Tangents(draws=number, refresh=1, num_directions=number)
+        up = bayesdiff.UncertaintyPipeline(pipe, posterior, propagation=settings)
         up.deviations = posterior.deviations(number, torch.Generator().manual_seed(draw_seed), orthogonal=orthogonal)
         generators = [torch.Generator().manual_seed(seed + i) for i in range(samples)]
         return up(classes, num_inference_steps=steps, generator=generators, output_type="pt").std

@@ -17,8 +17,9 @@ import torch
 import typer
 
 import bayesdiff
-from bayesdiff.step import Step
-from bayesdiff.watch import GuidedNetwork, Watch
+from bayesdiff.propagation.run import UncertainRun
+from bayesdiff.propagation.settings import Tangents
+from bayesdiff.propagation.steps import row_features, step_variance
 from experiments.common import agreement, command, record, results_folder, table
 
 SCALES = (1.5, 3.0, 7.5, 15.0)
@@ -37,30 +38,30 @@ def main(
     posterior = bayesdiff.fit(
         pipe, data, dataset_size=data.dataset_size, generator=torch.Generator().manual_seed(seed), progress=False
     )
-    head = bayesdiff.find_head(pipe)
+    head = posterior.check(pipe)
     weights = posterior.deviations(draws, torch.Generator().manual_seed(seed + 1)).float()
     rows: list[dict[str, Any]] = []
     for scale in SCALES:
-        seen: list[Step] = []
-
-        def see(step: Step, _: GuidedNetwork, seen: list[Step] = seen) -> None:
-            seen.append(step)
-
-        with Watch(pipe, pipe.unet, head, see):
-            pipe(
-                [data.class_names[i % 10] for i in range(samples)], guidance_scale=scale, num_inference_steps=steps,
-                generator=[torch.Generator().manual_seed(seed + i) for i in range(samples)],
-            )  # fmt: skip
-        for step in seen:
-            closed = posterior.variance(step.features)
-            brute = torch.stack(
-                [
-                    step.linear_shift(posterior.geometry, some, step.features).square().sum(0)
-                    for some in weights.split(200)
-                ]
-            ).sum(0) / len(weights)
-            v_u, v_c = (posterior.variance(branch) for branch in step.branches)
-            independent = (1 - scale) ** 2 * v_u + scale**2 * v_c
+        call = {
+            "guidance_scale": scale, "num_inference_steps": steps,
+            "generator": [torch.Generator().manual_seed(seed + i) for i in range(samples)],
+        }  # fmt: skip
+        names = ([data.class_names[i % 10] for i in range(samples)],)
+        run = UncertainRun(pipe, pipe.unet, head, posterior, Tangents(), weights[:1], 0, names, call)
+        run.session.record()
+        run.probe()
+        for step in run.steps:
+            network_calls = run.session.network.calls
+            closed = step_variance(step, network_calls, posterior)
+            assert closed is not None
+            brute, independent = torch.zeros_like(closed), torch.zeros_like(closed)
+            for b, sources in enumerate(step.sources):
+                found = [(s.weight, row_features(network_calls[s.call], s.row)) for s in sources]
+                branches = [(w, f[0]) for w, f in found if f is not None]
+                psi = sum((w * phi for w, phi in branches), torch.zeros_like(branches[0][1]))
+                for some in weights.split(200):
+                    brute[b] += posterior.geometry.apply(psi, some).square().sum(0)[0] / len(weights)
+                independent[b] = sum(w**2 * posterior.variance(phi)[0] for w, phi in branches)
             rows.append(
                 {
                     "s": scale, "t": int(step.timestep), "closed_over_brute": float((closed / brute).mean()),

@@ -228,9 +228,8 @@ def main(
         pipe, data.subset(slice(images)), dataset_size=data.dataset_size, generator=torch.Generator().manual_seed(seed),
         progress=False,
     )  # fmt: skip
-    up = bayesdiff.UncertaintyPipeline(
-        pipe, posterior, num_tangents=draws, batch_invariant=True, generator=torch.Generator().manual_seed(seed)
-    )
+    settings = bayesdiff.Tangents(draws=draws, batch_invariant=True, generator=torch.Generator().manual_seed(seed))
+    up = bayesdiff.UncertaintyPipeline(pipe, posterior, propagation=settings)
     paths, rows, drawn = [], [], []
     for n, (name, j) in enumerate(tqdm([(name, j) for name in names for j in range(pairs)], desc="paths")):
         seeds = seed + 2 * n, seed + 2 * n + 1  # no noise in two paths, so that they are independent

@@ -12,9 +12,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from tqdm import tqdm
 
+import bayesdiff
 from experiments.common import RESULTS, agreement, command, record, results_folder, table
 from experiments.propagation.references import SAMPLINGS, Setting, reference
 
@@ -37,9 +39,10 @@ def main(
     for sampling in tqdm([s for s in SAMPLINGS if s.name in (only or NAMES)], desc="ways to sample"):
         against = reference(references, setting, sampling)
         pipe, posterior = setting.pipe(sampling)
-        output = setting.run(
-            pipe, posterior, sampling, seed + 1000, num_tangents=draws, refresh=1, num_directions=draws
+        exact = bayesdiff.Tangents(
+            draws=draws, refresh=1, num_directions=draws, generator=torch.Generator().manual_seed(seed + 1000)
         )
+        output = setting.run(pipe, posterior, sampling, exact)
         rows.append({"sampling": sampling.name, "image": "all", **agreement(output.std, against)})
         rows += [
             {

@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import time
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,6 +29,7 @@ from tqdm import tqdm
 import bayesdiff
 from bayesdiff.checks import NegativeVarianceWarning, UnsupportedSchedulerError
 from bayesdiff.io import write_figure
+from bayesdiff.propagation.settings import Settings
 from experiments.common import agreement, command, record, results_folder, table
 from experiments.propagation.references import SAMPLINGS, Sampling, Setting, reference
 
@@ -66,8 +68,14 @@ def subsets(output: bayesdiff.UncertaintyOutput, size: int) -> list[Tensor]:
     return [m.std(0).float() for m in members.split(size) if len(m) == size]
 
 
-def judge(setting: Setting, sampling: Sampling, against: Tensor, repeats: int, draws: int) -> list[dict[str, Any]]:
-    """All methods for one way to sample."""
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def judge(
+    setting: Setting, sampling: Sampling, against: Tensor, repeats: int, draws: int, only_tangents: bool = False
+) -> list[dict[str, Any]]:
+    """All methods for one way to sample, or tangents alone."""
     pipe, posterior = setting.pipe(sampling)
     rows: list[dict[str, Any]] = []
 
@@ -79,10 +87,11 @@ def judge(setting: Setting, sampling: Sampling, against: Tensor, repeats: int, d
             }
         )  # fmt: skip
 
-    def run(method: str, detail: str, **kwargs: Any) -> None:
+    def run(method: str, detail: str, propagation: Settings) -> None:
         clock = time.perf_counter()
         outputs = [
-            setting.run(pipe, posterior, sampling, setting.seed + 1000 * (i + 1), **kwargs) for i in range(repeats)
+            setting.run(pipe, posterior, sampling, replace(propagation, generator=seeded(setting.seed + 1000 * (i + 1))))
+            for i in range(repeats)
         ]
         add(
             method, detail, outputs[0].calls / outputs[0].plain_calls, [o.std for o in outputs],
@@ -90,21 +99,23 @@ def judge(setting: Setting, sampling: Sampling, against: Tensor, repeats: int, d
         )  # fmt: skip
 
     for budget in BUDGETS:
-        run("tangents", f"K = {draws}, {budget}×", num_tangents=draws, extra_calls=budget - 1)
-    run("tangents", "K = 64, default")
+        run("tangents", f"K = {draws}, {budget}×", bayesdiff.Tangents(draws=draws, extra_calls=budget - 1))
+    run("tangents", "K = 64, default", bayesdiff.Tangents())
+    if only_tangents:
+        return rows
     clock = time.perf_counter()
     many = MEMBERS[-1] * repeats
-    ensemble = setting.run(
-        pipe, posterior, sampling, setting.seed + 77, propagation="ensemble", num_tangents=many, return_factors=True
-    )
+    members = bayesdiff.Ensemble(members=many, factors=True, generator=seeded(setting.seed + 77))
+    ensemble = setting.run(pipe, posterior, sampling, members)
     seconds = time.perf_counter() - clock
     for m in MEMBERS:
         maps = subsets(ensemble, m)
         add("ensemble", f"M = {m}", 1 + m, maps, [0.0] * len(maps), seconds * (1 + m) / (1 + many))
-    for method in ("bayesdiff", "bayesdiff-centered"):
+    for method, centered in (("bayesdiff", False), ("bayesdiff-centered", True)):
         for interval in (1, 5):
             try:
-                run(method, f"S = 10, every {interval}", propagation=method, skip_interval=interval)
+                settings = bayesdiff.BayesDiff(skip_interval=interval, centered=centered)
+                run(method, f"S = 10, every {interval}", settings)
             except UnsupportedSchedulerError as error:
                 rows.append(
                     {"sampling": sampling.name, "method": method, "detail": f"every {interval}", "refused": str(error)}
@@ -186,6 +197,9 @@ def main(
     repeats: Annotated[int, typer.Option(help="Sets of weight draws for each setting.")] = 3,
     draws: Annotated[int, typer.Option(help="K of the tangents.")] = 128,
     only: Annotated[list[str] | None, typer.Option(help="Names of the ways to sample; by default all.")] = None,
+    only_tangents: Annotated[
+        bool, typer.Option("--only-tangents", help="Keep the rows of all other methods, which change less often.")
+    ] = False,
     seed: Annotated[int, typer.Option()] = 0,
     out: Annotated[Path | None, typer.Option(help="Folder of the results.")] = None,
 ) -> None:
@@ -201,12 +215,16 @@ def main(
         "model": "fashion-ddpm",
     }  # fmt: skip
     started = time.perf_counter()
-    rows, commands = kept(folder, settings, [s.name for s in chosen])
+    rows, commands = kept(folder, settings, [] if only_tangents else [s.name for s in chosen])
+    others = {s.name: [r for r in rows if r["sampling"] == s.name and r["method"] != "tangents"] for s in chosen}
+    rows = [r for r in rows if r["sampling"] not in others]
     commands |= {s.name: command("propagation") for s in chosen}
     for sampling in tqdm(chosen, desc="ways to sample"):
         shared = reference(folder, setting, sampling)
-        found = judge(setting, sampling, shared, repeats, draws)
-        if sampling.redrawn:
+        found = judge(setting, sampling, shared, repeats, draws, only_tangents)
+        if only_tangents:
+            found += others[sampling.name]
+        elif sampling.redrawn:
             redrawn = reference(folder, setting, sampling, redraw=True)
             found.append(
                 {
@@ -215,8 +233,9 @@ def main(
                 }
             )  # fmt: skip
             pipe, posterior = setting.pipe(sampling)
-            for method in ("bayesdiff", "bayesdiff-centered"):
-                output = setting.run(pipe, posterior, sampling, setting.seed + 1000, propagation=method)
+            for method, centered in (("bayesdiff", False), ("bayesdiff-centered", True)):
+                settings_of = bayesdiff.BayesDiff(centered=centered, generator=seeded(setting.seed + 1000))
+                output = setting.run(pipe, posterior, sampling, settings_of)
                 found.append(
                     {
                         "sampling": sampling.name, "method": method, "detail": "S = 10, every 1", "against": "redrawn",

@@ -15,6 +15,7 @@ from torch import Tensor
 
 import bayesdiff
 from bayesdiff.io import write_tensors
+from bayesdiff.propagation.settings import Settings
 from experiments.common import fitted
 
 
@@ -55,12 +56,10 @@ class Setting:
         return pipe, fitted(self.seed)
 
     def run(
-        self, pipe: Any, posterior: bayesdiff.LaplacePosterior, sampling: Sampling, draw_seed: int, **kwargs: Any
+        self, pipe: Any, posterior: bayesdiff.LaplacePosterior, sampling: Sampling, propagation: Settings
     ) -> bayesdiff.UncertaintyOutput:
-        """One call of an ``UncertaintyPipeline`` with draws of its own."""
-        up = bayesdiff.UncertaintyPipeline(
-            pipe, posterior, generator=torch.Generator().manual_seed(draw_seed), **kwargs
-        )
+        """One call of an ``UncertaintyPipeline``."""
+        up = bayesdiff.UncertaintyPipeline(pipe, posterior, propagation=propagation)
         generators = [torch.Generator().manual_seed(self.seed + i) for i in range(self.samples)]
         return up(
             [pipe.class_names[i % pipe.num_classes] for i in range(self.samples)], num_inference_steps=sampling.steps,
@@ -77,10 +76,9 @@ def reference(folder: Path, setting: Setting, sampling: Sampling, redraw: bool =
             if file.metadata() == wanted:
                 return file.get_tensor("std")
     pipe, posterior = setting.pipe(sampling)
-    output = setting.run(
-        pipe, posterior, sampling, setting.seed + 1_000_003, propagation="ensemble", num_tangents=setting.trajectories,
-        redraw=redraw,
-    )  # fmt: skip
+    generator = torch.Generator().manual_seed(setting.seed + 1_000_003)
+    ensemble = bayesdiff.Ensemble(members=setting.trajectories, redraw=redraw, generator=generator)
+    output = setting.run(pipe, posterior, sampling, ensemble)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_tensors(path, {"std": output.std}, metadata=wanted)
     return output.std

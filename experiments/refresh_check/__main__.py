@@ -20,8 +20,9 @@ import typer
 from tqdm import tqdm
 
 import bayesdiff
-from bayesdiff.propagation import response
-from bayesdiff.propagation import tangents as propagate
+from bayesdiff.propagation import plan as planning
+from bayesdiff.propagation import response, tangents
+from bayesdiff.propagation.plan import Plan
 from experiments.common import agreement, command, fitted, record, results_folder, table
 
 #: Scheduler and steps: (R, p) pairs.
@@ -46,24 +47,24 @@ def main(
         pipe, data = bayesdiff.zoo.load("fashion-ddpm", scheduler=scheduler)
         posterior = fitted(seed)
         classes = [data.class_names[3 * i % 10] for i in range(samples)]
-        up = bayesdiff.UncertaintyPipeline(
-            pipe, posterior, num_tangents=draws, generator=torch.Generator().manual_seed(seed + 1000)
-        )
+        settings_of = bayesdiff.Tangents(draws=draws, generator=torch.Generator().manual_seed(seed + 1000))
+        up = bayesdiff.UncertaintyPipeline(pipe, posterior, propagation=settings_of)
 
         def run(plan: tuple[list[int], int], up: Any, classes: list[str], steps: int) -> bayesdiff.UncertaintyOutput:
             generators = [torch.Generator().manual_seed(seed + i) for i in range(samples)]
-            with mock.patch.object(propagate, "plan", return_value=plan):
+            fixed = Plan(tuple(plan[0]), plan[1], tuple(map(float, range(steps))))
+            with mock.patch.object(tangents, "plan", return_value=fixed):
                 return up(classes, num_inference_steps=steps, generator=generators, output_type="pt")
 
         exact = run((list(range(1, steps)), draws), up, classes, steps).std
-        chosen = propagate.plan(steps, 2.5)
-        default = (len(chosen[0]), chosen[1])
-        everything = (propagate.DENSITY, True, True)
+        chosen = planning.plan(list(range(steps)), 2.5)
+        default = (len(chosen.nodes), chosen.num_directions)
+        everything = (planning.DENSITY, True, True)
         settings = [(r, p, *everything) for r, p in {*pairs, default}]
-        settings += [(*default, density, True, True) for density in DENSITIES if density != propagate.DENSITY]
-        settings += [(*default, propagate.DENSITY, True, False), (*default, propagate.DENSITY, False, False)]
+        settings += [(*default, density, True, True) for density in DENSITIES if density != planning.DENSITY]
+        settings += [(*default, planning.DENSITY, True, False), (*default, planning.DENSITY, False, False)]
         for number, p, density, nystrom, shared in tqdm(sorted(settings), desc=f"{scheduler}, {steps} steps"):
-            nodes = propagate.spread(list(range(1, steps)), number, density)
+            nodes = planning.spread(list(range(1, steps)), number, density)
             with ExitStack() as changes:
                 if not nystrom:
                     changes.enter_context(mock.patch.object(response, "EIGENVALUE_FLOOR", float("inf")))

@@ -9,7 +9,6 @@ from diffusers import (
     DDPMScheduler,
     DPMSolverMultistepScheduler,
     EDMEulerScheduler,
-    EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     UniPCMultistepScheduler,
 )

@@ -54,6 +54,9 @@ def test_branches_that_are_called_apart():
     """One after the other, with the same sample at the same level; each has an order of its own."""
     guided = [call(sums=(float(n),) * 2, t=t) for n, t in enumerate((9.0, 5.0, 1.0)) for _ in range(2)]
     assert branch_order(guided) == [(0, 0), (1, 0), (0, 1), (1, 1), (0, 2), (1, 2)]
+    # Class labels are small numbers, too.
+    labels = [call(sums=(float(n),) * 2, t=t, y=y) for n, t in enumerate((9.0, 5.0, 1.0)) for y in ([3, 3], [0, 1])]
+    assert branch_order(labels) == branch_order(guided)
     plain = [call(sums=(float(n),) * 2, t=9.0 - n) for n in range(3)]
     assert branch_order(plain) == [(0, 0), (0, 1), (0, 2)]
     # The same sample at another level is no branch, nor another sample at the same level (the corrected stage of a solver).

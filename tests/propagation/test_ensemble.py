@@ -6,8 +6,8 @@ import diffusers
 import pytest
 import torch
 
-from bayesdiff import UncertaintyPipeline, fit, zoo
-from bayesdiff.checks import ArgumentError
+import bayesdiff as bd
+from bayesdiff.checks import NotRepeatableError
 from bayesdiff.head.find import Head
 from bayesdiff.propagation.ensemble import Moments
 from tests import cases
@@ -37,7 +37,7 @@ def make(name="ddim", scale=100.0, dtype=torch.float32):
 
 
 def run(pipe, posterior, seeds=(3, 4), steps=4, guidance_scale=1.0, **kwargs):
-    up = UncertaintyPipeline(pipe, posterior, **{"propagation": "ensemble", "num_tangents": 6, **kwargs})
+    up = bd.UncertaintyPipeline(pipe, posterior, propagation=bd.Ensemble(**{"members": 6, **kwargs}))
     generator = cases.seeds(*seeds)
     return up, up(
         [0, 2], generator=generator, num_inference_steps=steps, guidance_scale=guidance_scale, output_type="latent"
@@ -48,7 +48,7 @@ def run(pipe, posterior, seeds=(3, 4), steps=4, guidance_scale=1.0, **kwargs):
 def test_members_are_runs_with_other_weights(name):
     """Each is the plain pipe with δW added to the weights themselves, from the same noise."""
     pipe, posterior = make(name, dtype=torch.float64)
-    up, out = run(pipe, posterior, return_factors=True, guidance_scale=3.0)
+    up, out = run(pipe, posterior, factors=True, trajectory=True, guidance_scale=3.0)
     weight, bias = pipe.unet.conv_out.weight, pipe.unet.conv_out.bias
     plain = weight.detach().clone(), bias.detach().clone()
     members = []
@@ -62,12 +62,15 @@ def test_members_are_runs_with_other_weights(name):
             ).images
         )
     members = torch.stack(members)
-    torch.testing.assert_close(out.variance.double(), members.var(0) / 4, rtol=1e-5, atol=0)
+    torch.testing.assert_close(out.variance.double(), members.var(0), rtol=1e-5, atol=0)
     torch.testing.assert_close(out.latents.mean.double(), members.mean(0), rtol=1e-6, atol=1e-6)
-    factors = (members - members.mean(0)) / 5**0.5 / 2
+    factors = (members - members.mean(0)) / 5**0.5
     torch.testing.assert_close(out.factors.double(), factors, rtol=1e-4, atol=1e-6)
     assert out.plain_calls == 4
-    assert out.calls == 4 + 6 * 4
+    assert out.calls == 4 + 6 * 4 + 1  # the last asks whether the network repeats itself
+    assert len(out.trajectory) == 4
+    torch.testing.assert_close(out.trajectory[-1].variance, out.variance)
+    assert out.residual is None
 
 
 @pytest.mark.parametrize("redraw", [False, True])
@@ -93,7 +96,7 @@ def test_generators_end_where_the_plain_run_leaves_them(listed, redraw):
     mine, theirs = cases.seeds(7, 7)
     torch.manual_seed(1)
     default = torch.get_rng_state()
-    up = UncertaintyPipeline(pipe, posterior, propagation="ensemble", num_tangents=2, redraw=redraw)
+    up = bd.UncertaintyPipeline(pipe, posterior, propagation=bd.Ensemble(members=2, redraw=redraw))
     for _ in range(2):  # the second run goes on from there
         plain = pipe([1], generator=[theirs] if listed else theirs, num_inference_steps=3, output_type="np").images
         out = up([1], generator=[mine] if listed else mine, num_inference_steps=3, output_type="np")
@@ -114,20 +117,67 @@ def test_generators_end_there_on_error_too():
             raise OSError("lost")
 
     handle = pipe.unet.conv_in.register_forward_hook(fail)
-    up = UncertaintyPipeline(pipe, posterior, propagation="ensemble", num_tangents=2)
+    up = bd.UncertaintyPipeline(pipe, posterior, propagation=bd.Ensemble(members=2))
     with pytest.raises(OSError, match="lost"):
         up([1], generator=generator, num_inference_steps=3)
     handle.remove()
     assert torch.equal(generator.get_state(), theirs.get_state())
 
 
-def test_a_generator_is_needed():
+@pytest.mark.parametrize("propagation", [bd.Ensemble(members=3), bd.Tangents(draws=2)])
+def test_without_a_generator_the_global_one_is_set_back_and_left_where_one_run_leaves_it(propagation):
+    pipe, posterior = make("ddpm")
+    up = bd.UncertaintyPipeline(pipe, posterior, propagation=propagation)
+    torch.manual_seed(5)
+    plain = pipe([1], num_inference_steps=3, output_type="pt").images
+    after = torch.get_rng_state()
+    torch.manual_seed(5)
+    out = up([1], num_inference_steps=3, output_type="pt")
+    assert torch.equal(out.images, plain)
+    assert torch.equal(torch.get_rng_state(), after)
+    assert float(out.std.mean()) > 0
+    again = up([1], num_inference_steps=3, output_type="pt", generator=torch.Generator().manual_seed(5))
+    torch.testing.assert_close(again.variance, out.variance)
+
+
+def test_a_member_of_width_zero_is_the_plain_run():
+    """And many of them have no variance."""
+    pipe, posterior = make("ddpm")
+    up = bd.UncertaintyPipeline(pipe, posterior, propagation=bd.Ensemble(members=2))
+    up.deviations = 0 * up.deviations
+    out = up([0, 1], generator=cases.seeds(3, 4), num_inference_steps=4)
+    assert bool((out.variance == 0).all())
+    assert bool((out.std == 0).all())
+    assert bool((out.latents.variance == 0).all())
+    tangents = bd.UncertaintyPipeline(pipe, posterior, propagation=bd.Tangents(draws=2))
+    tangents.deviations = 0 * tangents.deviations
+    out = tangents([0, 1], generator=cases.seeds(3, 4), num_inference_steps=4)
+    assert bool((out.variance == 0).all())
+
+
+class Forgetful(diffusers.DDIMPipeline):
+    """Another image in every call."""
+
+    calls = 0
+
+    @torch.no_grad()
+    def __call__(self, generator, num_inference_steps):
+        Forgetful.calls += 1
+        self.scheduler.set_timesteps(num_inference_steps)
+        x = torch.randn(2, 1, 8, 8, generator=generator)
+        for t in self.scheduler.timesteps:
+            f = self.unet(x, t, class_labels=torch.tensor([0, 1])).sample
+            x = self.scheduler.step(f, t, x).prev_sample
+        return diffusers.ImagePipelineOutput(images=x + Forgetful.calls)
+
+
+def test_a_run_with_certain_weights_must_be_the_first_run():
     pipe, posterior = make()
-    up = UncertaintyPipeline(pipe, posterior, propagation="ensemble", num_tangents=2)
-    with pytest.raises(ArgumentError, match="expected generator="):
-        up([1], num_inference_steps=2)
-    with pytest.raises(ArgumentError, match="expected generator="):
-        up([1], num_inference_steps=2, generator=None)
+    up = bd.UncertaintyPipeline(
+        Forgetful(pipe.unet, pipe.scheduler), posterior, propagation=bd.Ensemble(members=2)
+    )
+    with pytest.raises(NotRepeatableError, match="a member with δW = 0"):
+        up(generator=torch.Generator().manual_seed(0), num_inference_steps=2)
 
 
 class SequentialPipeline(diffusers.DDIMPipeline):
@@ -161,9 +211,9 @@ def weights_in_use(monkeypatch, redraw):
         return shifted(self, kept)
 
     monkeypatch.setattr(Head, "shifted", spy)
-    up = UncertaintyPipeline(sequential, posterior, propagation="ensemble", num_tangents=3, redraw=redraw)
+    up = bd.UncertaintyPipeline(sequential, posterior, propagation=bd.Ensemble(members=3, redraw=redraw))
     out = up(generator=torch.Generator().manual_seed(0), num_inference_steps=4)
-    assert out.calls == 4 * 2 * 4
+    assert out.calls == 4 * 2 * 4 + 1
     return torch.tensor(seen, dtype=torch.float64).view(3, 4, 2)
 
 
@@ -179,16 +229,12 @@ def test_shared_weights_are_one_draw_for_a_trajectory(monkeypatch):
     assert len(drawn.unique()) == 3
 
 
-def test_redrawing_halves_the_standard_deviation_of_a_trained_model():
+def test_redrawing_halves_the_standard_deviation_of_a_trained_model(shipped):
     """Errors that are taken as independent average out; one network's are not and do not."""
-    pipe, data = zoo.load("fashion-ddpm")
-    posterior = fit(
-        pipe, data.subset(slice(200)), dataset_size=data.dataset_size, generator=torch.Generator().manual_seed(0),
-        progress=False,
-    )  # fmt: skip
+    pipe, posterior = shipped
     shared, redrawn = (
-        UncertaintyPipeline(pipe, posterior, propagation="ensemble", num_tangents=10, redraw=redraw)(
-            ["sneaker", "bag"], generator=cases.seeds(0, 1), num_inference_steps=15, output_type="pt"
+        bd.UncertaintyPipeline(pipe, posterior, propagation=bd.Ensemble(members=10, redraw=redraw))(
+            ["sneaker", "bag"], generator=cases.seeds(0, 1), num_inference_steps=12, output_type="pt"
         )
         for redraw in (False, True)
     )

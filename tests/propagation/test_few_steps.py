@@ -9,7 +9,7 @@ import diffusers
 import pytest
 import torch
 
-from bayesdiff import UncertaintyPipeline
+import bayesdiff as bd
 from tests import cases
 
 STEPS = (1, 2, 4, 8)
@@ -67,12 +67,12 @@ def sample(run, steps, guidance_scale=1.0, **kwargs):
 def test_tangents_are_the_derivative_of_the_trajectory(name, steps, guidance_scale):
     """LCM and TCD add noise in between: the same for the same generator, so that it has no derivative."""
     pipe, posterior, kwargs = make(name, torch.float64, scale=1e5 if name in FLOAT32 else 1e8)
-    up = UncertaintyPipeline(
-        pipe, posterior, num_tangents=K, refresh=1, num_directions=K, return_factors=True, return_trajectory=True
-    )
+    settings = bd.Tangents(draws=K, refresh=1, num_directions=K, factors=True, trajectory=True)
+    up = bd.UncertaintyPipeline(pipe, posterior, propagation=settings)
     out = sample(up, steps, guidance_scale, **kwargs)
     branches = 2 if name == "flow-euler" else 1
-    assert out.calls == branches * (steps + K * (steps - 1))
+    assert out.plain_calls == branches * steps
+    assert out.calls == branches * (steps + 2 * K * (steps - 1)) + 1  # to both sides; and one asks for the same again
     assert len(out.trajectory) == steps
 
     def last(delta):
@@ -80,7 +80,7 @@ def test_tangents_are_the_derivative_of_the_trajectory(name, steps, guidance_sca
             return sample(pipe, steps, guidance_scale, **kwargs).images.double()
 
     differences = torch.stack([(last(d) - last(-d)) / 2 for d in up.deviations]) / K**0.5
-    got = 2 * out.factors.double()
+    got = out.factors.double()
     error = float((got - differences).norm() / differences.norm())
     assert error < (2e-3 if name in FLOAT32 else 5e-5), f"relative error {error:.2g}"
 
@@ -89,7 +89,7 @@ def test_tangents_are_the_derivative_of_the_trajectory(name, steps, guidance_sca
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_default_settings(name, steps):
     pipe, posterior, kwargs = make(name)
-    out = sample(UncertaintyPipeline(pipe, posterior), steps, 3.0, **kwargs)
+    out = sample(bd.UncertaintyPipeline(pipe, posterior), steps, 3.0, **kwargs)
     assert torch.equal(out.images, sample(pipe, steps, 3.0, **kwargs).images)
     assert bool(torch.isfinite(out.variance).all())
     assert float(out.variance.min()) > 0
@@ -101,7 +101,7 @@ def test_one_step_is_the_closed_form(name):
     """Var[x'] = B² Var[g], B the derivative of the only step in g."""
     pipe, posterior, kwargs = make(name)
     draws = 4000
-    up = UncertaintyPipeline(pipe, posterior, num_tangents=draws)
+    up = bd.UncertaintyPipeline(pipe, posterior, propagation=bd.Tangents(draws=draws))
     out = sample(up, 1, 3.0, **kwargs)
     g = out.steps[0].mean
     scheduler = copy.deepcopy(pipe.scheduler)

@@ -12,7 +12,7 @@ import diffusers
 import pytest
 import torch
 
-from bayesdiff import UncertaintyPipeline
+import bayesdiff as bd
 from bayesdiff.checks import NegativeVarianceWarning, UnsupportedPipelineError, UnsupportedSchedulerError
 from bayesdiff.propagation.recursion import Recursion
 from bayesdiff.zoo import ClassConditionalPipeline
@@ -41,24 +41,21 @@ def make(name, scale=1e4, dtype=torch.float64):
 
 
 def run(pipe, posterior, steps=STEPS, classes=(0, 2), seeds=(3, 4), guidance_scale=1.0, eta=0.0, **kwargs):
-    """The output, and the recursion with its own result in float64."""
-    up = UncertaintyPipeline(
-        pipe, posterior, **{"propagation": "bayesdiff", "return_trajectory": True, "num_tangents": 1, **kwargs}
-    )
-    seen = []
-    finish = Recursion.finish
+    """The output, the recursion, and its mean and variance behind each step in float64."""
+    up = bd.UncertaintyPipeline(pipe, posterior, propagation=bd.BayesDiff(trajectory=True, **kwargs))
+    seen, advance = [], Recursion._advance
 
-    def spy(self, trajectory=False):
-        seen.extend((self, finish(self, trajectory)))
-        return seen[-1]
+    def spy(self, step):
+        advance(self, step)
+        seen.append((self, self._mean.clone(), self._variance.clone()))
 
-    with mock.patch.object(Recursion, "finish", spy), warnings.catch_warnings():
+    with mock.patch.object(Recursion, "_advance", spy), warnings.catch_warnings():
         warnings.simplefilter("ignore", NegativeVarianceWarning)
         out = up(
             list(classes), generator=cases.seeds(*seeds), num_inference_steps=steps, guidance_scale=guidance_scale,
             eta=eta, output_type="latent",
         )  # fmt: skip
-    return out, *seen
+    return out, seen[0][0], [(mean, variance) for _, mean, variance in seen]
 
 
 def abars(scheduler):
@@ -118,22 +115,22 @@ def samples_of(pipe, **kwargs):
 def test_the_papers_formulas(name, skip_interval, guidance_scale, centered):
     pipe, posterior = make(name)
     samples = samples_of(pipe, guidance_scale=guidance_scale)
-    out, recursion, result = run(
-        pipe, posterior, guidance_scale=guidance_scale, num_samples=10, skip_interval=skip_interval,
-        propagation="bayesdiff-centered" if centered else "bayesdiff",
-    )  # fmt: skip
+    out, recursion, found = run(
+        pipe, posterior, guidance_scale=guidance_scale, samples=10, skip_interval=skip_interval, centered=centered
+    )
     mean, after = reference(
         name, pipe, posterior, samples, recursion, guidance_scale, skip_interval=skip_interval, centered=centered
     )
-    assert len(result.trajectory) == STEPS
-    torch.testing.assert_close(result.mean, mean, rtol=0, atol=1e-9 * float(mean.abs().max()))
-    for got, expected in zip(result.trajectory, after, strict=True):
+    assert len(found) == len(out.trajectory) == STEPS
+    torch.testing.assert_close(found[-1][0], mean, rtol=0, atol=1e-9 * float(mean.abs().max()))
+    for (_, got), expected, kept in zip(found, after, out.trajectory, strict=True):
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-9 * float(expected.abs().max()))
-    assert torch.equal(out.variance, result.variance.float() / 4)
-    assert torch.equal(result.variance, result.trajectory[-1])
+        assert torch.equal(kept.variance, got.clamp(min=0).float())
+    assert torch.equal(out.variance, found[-1][1].float())
+    torch.testing.assert_close(out.latents.mean, mean.float())
     quantified = len(range(0, STEPS, skip_interval))
     assert out.plain_calls == STEPS
-    assert out.calls == STEPS + 10 * (quantified - 1)
+    assert out.calls == STEPS + 10 * (quantified - 1) + 1  # the last asks whether the network repeats itself
 
 
 def test_branches_are_taken_as_independent():
@@ -189,10 +186,10 @@ def test_the_noise_of_a_step_is_measured(name, dtype):
     scheduler = copy.deepcopy(scheduler)
     pipe = cases.class_pipeline(exact(scheduler) if dtype == torch.float64 else scheduler, dtype)
     posterior = cases.class_posterior(pipe, 1e14)
-    out, _, result = run(pipe, posterior, eta=eta, skip_interval=STEPS)
-    assert out.calls == STEPS
+    out, _, found = run(pipe, posterior, eta=eta, skip_interval=STEPS)
+    assert out.calls == STEPS + 1
     variance = 0.0
-    for got, (of_x, noise) in zip(result.trajectory, formula(pipe.scheduler), strict=True):
+    for (_, got), (of_x, noise) in zip(found, formula(pipe.scheduler), strict=True):
         variance = of_x**2 * variance + noise
         torch.testing.assert_close(got, torch.full_like(got, variance), rtol=2e-5, atol=1e-8)
     assert (variance > 1e-3) == (name not in ("ddim", "euler"))
@@ -205,9 +202,9 @@ def test_noise_in_half_precision(name, dtype):
     pipe = cases.class_pipeline(copy.deepcopy(scheduler))
     posterior = cases.class_posterior(pipe, 1e14)
     torch.nn.Module.to(pipe.unet, dtype)
-    _, _, result = run(pipe, posterior, eta=eta, skip_interval=STEPS)
+    _, _, found = run(pipe, posterior, eta=eta, skip_interval=STEPS)
     variance = 0.0
-    for got, (of_x, noise) in zip(result.trajectory, formula(pipe.scheduler), strict=True):
+    for (_, got), (of_x, noise) in zip(found, formula(pipe.scheduler), strict=True):
         variance = of_x**2 * variance + noise
         torch.testing.assert_close(got, torch.full_like(got, variance), rtol=2e-2, atol=1e-8)
 
@@ -226,20 +223,20 @@ def test_noise_in_half_precision(name, dtype):
 def test_samplers_with_a_memory_are_refused(cls, config):
     pipe = cases.class_pipeline(cls(**config))
     posterior = cases.class_posterior(pipe)
-    up = UncertaintyPipeline(pipe, posterior, propagation="bayesdiff")
+    up = bd.UncertaintyPipeline(pipe, posterior, propagation="bayesdiff")
     with pytest.raises(UnsupportedSchedulerError, match=rf"one-step sampler.*{cls.__name__}.*contribute (\S+) of") as e:
         up([0], generator=cases.seeds(0), num_inference_steps=6)
     share = float(str(e.value).split("contribute ")[1].split()[0])
     assert 1e-5 < share < 10
     # And the same sampler is followed by tangents.
-    tangents = UncertaintyPipeline(pipe, posterior, num_tangents=2, num_directions=1)
+    tangents = bd.UncertaintyPipeline(pipe, posterior, propagation=bd.Tangents(draws=2))
     assert bool(torch.isfinite(tangents([0], generator=cases.seeds(0), num_inference_steps=6).variance).all())
 
 
 def test_first_order_of_a_multistep_sampler_is_followed():
     pipe = cases.class_pipeline(diffusers.DPMSolverMultistepScheduler(solver_order=1))
-    out, *_ = run(pipe, cases.class_posterior(pipe, 1e4), num_samples=2)
-    assert out.calls == STEPS + 2 * (STEPS - 1)
+    out, *_ = run(pipe, cases.class_posterior(pipe, 1e4), samples=2)
+    assert out.calls == STEPS + 2 * (STEPS - 1) + 1
 
 
 class Rescaling(ClassConditionalPipeline):
@@ -260,15 +257,45 @@ class Rescaling(ClassConditionalPipeline):
 
 def test_rescaled_guidance_is_refused():
     pipe, posterior = make("ddim")
-    up = UncertaintyPipeline(Rescaling(pipe.unet, pipe.scheduler), posterior, propagation="bayesdiff")
-    with pytest.raises(UnsupportedPipelineError, match=r"guidance_rescale = 0\.7; use propagation=\"tangents\""):
+    up = bd.UncertaintyPipeline(Rescaling(pipe.unet, pipe.scheduler), posterior, propagation="bayesdiff")
+    with pytest.raises(UnsupportedPipelineError, match=r'that is rescaled\?\); use propagation="tangents"'):
         up(torch.Generator().manual_seed(0))
+
+
+class Decoding(ClassConditionalPipeline):
+    """What it returns is more than its last sample, scaled."""
+
+    @torch.no_grad()
+    def __call__(self, *args, **kwargs):
+        images = super().__call__(*args, **kwargs).images
+        return diffusers.ImagePipelineOutput(images=images.tanh())
+
+
+@pytest.mark.filterwarnings("ignore:.* of the recursion's variances are negative")
+def test_a_result_that_is_not_the_last_sample_is_refused():
+    """A variance for each number and no covariance: nothing can be decoded."""
+    pipe, posterior = make("ddim")
+    up = bd.UncertaintyPipeline(Decoding(pipe.unet, pipe.scheduler), posterior, propagation=bd.BayesDiff(samples=2))
+    with pytest.raises(UnsupportedPipelineError, match=r"returns its last sample, scaled.*output_type=\"latent\""):
+        up([0], num_inference_steps=2, generator=cases.seeds(0), output_type="latent")
+    with pytest.raises(UnsupportedPipelineError, match="a pipeline with a scheduler for the recursion"):
+        bd.propagate(lambda x: pipe.unet(x, 5).sample, pipe.unet, posterior, torch.zeros(1, 1, 8, 8), propagation="bayesdiff")
+
+
+def test_pixels_have_a_quarter_of_the_samples_variance():
+    pipe, posterior = make("ddim")
+    up = bd.UncertaintyPipeline(pipe, posterior, propagation=bd.BayesDiff(samples=3, centered=True))
+    pixels, latent = (
+        up([0], num_inference_steps=3, generator=cases.seeds(0), output_type=kind) for kind in ("pil", "latent")
+    )
+    torch.testing.assert_close(4 * pixels.variance, latent.variance)
+    assert torch.equal(pixels.latents.variance, latent.latents.variance)
 
 
 def test_negative_variances_are_kept_and_warned_of():
     """Ten uncentred draws on a network that is not certain: the paper's variance is soon negative."""
     pipe, posterior = make("ddim", scale=1.0, dtype=torch.float32)
-    up = UncertaintyPipeline(pipe, posterior, propagation="bayesdiff", return_trajectory=True)
+    up = bd.UncertaintyPipeline(pipe, posterior, propagation="bayesdiff")
     with pytest.warns(
         NegativeVarianceWarning, match=r'% of the recursion.*in \d+ steps.*propagation="tangents"'
     ) as seen:
@@ -285,9 +312,9 @@ def test_negative_variances_are_kept_and_warned_of():
 def test_the_same_object_gives_the_same_map_and_another_seed_another():
     pipe, posterior = make("ddpm", dtype=torch.float32)
     ups = [
-        UncertaintyPipeline(
-            pipe, posterior, propagation="bayesdiff-centered", num_samples=3,
-            generator=torch.Generator().manual_seed(seed),
+        bd.UncertaintyPipeline(
+            pipe, posterior,
+            propagation=bd.BayesDiff(centered=True, samples=3, generator=torch.Generator().manual_seed(seed)),
         )
         for seed in (0, 0, 1)
     ]  # fmt: skip
@@ -303,7 +330,7 @@ def test_images_and_generators_are_the_pipes_own():
     pipe, posterior = make("ddpm", dtype=torch.float32)
     mine, theirs = cases.seeds(5, 5)
     plain = pipe([0, 1], generator=theirs, num_inference_steps=4, output_type="np").images
-    up = UncertaintyPipeline(pipe, posterior, propagation="bayesdiff-centered", num_samples=2)
+    up = bd.UncertaintyPipeline(pipe, posterior, propagation=bd.BayesDiff(centered=True, samples=2))
     torch.manual_seed(0)
     default = torch.get_rng_state()
     out = up([0, 1], generator=mine, num_inference_steps=4, output_type="np")

@@ -1,265 +1,30 @@
-"""The denoiser's response from few calls, and where it is measured."""
+"""Tangents from few network calls: on a trained model, and what the second pass makes of all measurements."""
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
+from unittest import mock
 
+import diffusers
 import pytest
 import torch
 
-from bayesdiff import UncertaintyPipeline, fit, zoo
-from bayesdiff.propagation import response as responses
-from bayesdiff.propagation.response import Directions, Response, smoothed
-from bayesdiff.propagation.tangents import interpolation, plan
-from tests import references
+import bayesdiff as bd
+from bayesdiff.propagation import responder
+from bayesdiff.propagation.plan import plan
+from bayesdiff.propagation.response import Response, smoothed
+from bayesdiff.propagation.tangents import TangentRun
+from tests import cases
 
-B, P = 2, 40
-
-
-def matrices(rank=None, seed=0):
-    """One positive semidefinite matrix a sample, with eigenvalues that fall as a denoiser's do."""
-    generator = torch.Generator().manual_seed(seed)
-    q = torch.linalg.qr(torch.randn(B, P, P, generator=generator, dtype=torch.float64)).Q
-    values = 2.0 / torch.arange(1, P + 1, dtype=torch.float64) ** 2
-    if rank is not None:
-        values[rank:] = 0
-    return (q * values) @ q.mT
+STEPS = 12
 
 
-def draws(k, seed=1):
-    return torch.randn(B, k, P, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def measure(jacobian, deltas, p):
-    calls = []
-
-    def product(v):
-        calls.append(1)
-        return torch.einsum("bij,bj->bi", jacobian, v)
-
-    mixture = torch.randn(deltas.shape[1], generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    response = Response.measure(product, deltas, p, mixture)
-    assert len(calls) == min(p, *deltas.shape[1:])
-    assert torch.allclose(response.directions @ response.directions.mT, torch.eye(len(calls)).double(), atol=1e-12)
-    return response
-
-
-def test_as_many_calls_as_draws_are_exact_for_any_jacobian():
-    jacobian = torch.randn(B, P, P, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-    deltas = draws(6)
-    torch.testing.assert_close(measure(jacobian, deltas, 6)(deltas), deltas @ jacobian.mT)
-    torch.testing.assert_close(measure(jacobian, deltas, 50)(deltas), deltas @ jacobian.mT)
-    assert not torch.allclose(measure(jacobian, deltas, 5)(deltas), deltas @ jacobian.mT)
-
-
-def test_what_was_measured_is_kept_and_nystrom_extends_it():
-    jacobian = matrices(rank=3)
-    response = measure(jacobian, draws(6) + 4 * draws(6) @ jacobian, 6)  # directions that J acts on, but not only
-    v = response.directions
-    torch.testing.assert_close(response(v), v @ jacobian.mT)
-    other = draws(50, seed=9)
-    truth = other @ jacobian.mT
-
-    def error(r):
-        return float((r(other) - truth).norm() / truth.norm())
-
-    without = dataclasses.replace(response, extension=torch.zeros_like(response.extension))
-    assert error(response) < 0.5 * error(without)
-
-
-def test_a_small_eigenvalue_does_not_blow_up_the_extension():
-    """An antisymmetric matrix has M = 0 up to rounding; 1/M must not be taken for a response."""
-    generator = torch.Generator().manual_seed(4)
-    a = torch.randn(B, P, P, generator=generator, dtype=torch.float64)
-    jacobian = (a - a.mT) / 2 + 1e-6 * torch.eye(P, dtype=torch.float64)
-    response = measure(jacobian, draws(6), 6)
-    other = draws(5, seed=9)
-    size = torch.linalg.matrix_norm(jacobian, 2).max()
-    assert float(response(other).norm()) < 3 * float(size * other.norm())
-
-
-def test_isotropic_part_is_read_off_the_last_direction():
-    jacobian = 0.7 * torch.eye(P, dtype=torch.float64).expand(B, P, P)
-    other = draws(3, seed=9)
-    torch.testing.assert_close(measure(jacobian, draws(20), 4)(other), 0.7 * other)
-
-
-def test_more_directions_are_better():
-    jacobian, deltas = matrices(), draws(30)
-    truth = deltas @ jacobian.mT
-    errors = [float((measure(jacobian, deltas, p)(deltas) - truth).norm() / truth.norm()) for p in (2, 12, 24, 30)]
-    assert errors == sorted(errors, reverse=True)
-    assert errors[-1] < 1e-9
-
-
-def measured(jacobian, deltas, p, seed=2):
-    """Directions and J along them, as a propagator has them."""
-    mixture = torch.randn(deltas.shape[1], generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    chosen = Directions.choose(deltas, p, mixture)
-    return chosen, torch.stack([torch.einsum("bij,bj->bi", jacobian, v) for v in chosen.shifts()], dim=1)
-
-
-def drifting(places=4, asymmetry=0.0):
-    """Matrices that turn and grow a little from place to place."""
-    base = matrices()
-    turn = torch.randn(B, P, P, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
-    odd = asymmetry * (turn + turn.mT) @ base
-    return [
-        torch.matrix_exp(0.02 * n * (turn - turn.mT)) @ ((1 + 0.2 * n) * base) @ torch.matrix_exp(-0.02 * n * (turn - turn.mT))
-        + 0.05 * torch.eye(P, dtype=torch.float64) + odd
-        for n in range(places)
-    ]  # fmt: skip
-
-
-@pytest.mark.parametrize("p", [1, 2, 5, 20])
-@pytest.mark.parametrize("asymmetry", [0.0, 0.05])
-def test_smoothed_responses_are_the_dense_formulas(p, asymmetry, monkeypatch):
-    monkeypatch.setattr(responses, "ROWS_PER_DIRECTION", 1000)
-    places = [measured(j, draws(20, seed=n), p, seed=n) for n, j in enumerate(drifting(asymmetry=asymmetry))]
-    got = smoothed(places)
-    settings = {
-        "before": responses.BEFORE, "after": responses.AFTER, "floor": responses.EIGENVALUE_FLOOR,
-        "regularization": responses.REGULARIZATION,
-    }  # fmt: skip
-    probe = draws(7, seed=50)
-    for b in range(B):
-        naive = references.smoothed_responses(
-            [(c.directions[b], y[b] / c.length[b], c.probe) for c, y in places], **settings
-        )
-        for response, jacobian in zip(got, naive, strict=True):
-            torch.testing.assert_close(response(probe)[b], probe[b] @ jacobian.T, rtol=1e-8, atol=1e-10)
-
-
-def test_nystrom_and_the_complement_make_up_the_whole(monkeypatch):
-    """J = B: Y M⁺ Yᵀ + S = B for any V, exactly without regularisation."""
-    monkeypatch.setattr(responses, "REGULARIZATION", 1e-13)
-    jacobian = matrices(rank=5)
-    values, vectors = torch.linalg.eigh(jacobian)
-    root = values[:, -5:].sqrt().unsqueeze(2) * vectors[:, :, -5:].mT
-    v = Directions.choose(draws(20), 4, torch.ones(20)).directions
-    y = v @ jacobian
-    nystrom = y.mT @ torch.linalg.solve(v @ y.mT, y)
-    rest = responses._complement(root, v)
-    torch.testing.assert_close(nystrom + rest.mT @ rest, jacobian, rtol=0, atol=1e-9)
-    assert float((nystrom - jacobian).norm()) > 0.1
-
-
-def test_what_is_known_is_not_believed_beyond_what_is_seen():
-    jacobian = matrices(rank=5)
-    values, vectors = torch.linalg.eigh(jacobian)
-    root = values[:, -5:].sqrt().unsqueeze(2) * vectors[:, :, -5:].mT
-    chosen, images = measured(jacobian, draws(20), 4)
-    other = draws(4, seed=9)
-    as_it_is, thrice = (Response.fit(chosen, images, e)(other) for e in (root, 3 * root))
-    torch.testing.assert_close(as_it_is, thrice)
-    truth = other @ jacobian.mT
-    error, alone = (float((x - truth).norm() / truth.norm()) for x in (as_it_is, Response.fit(chosen, images)(other)))
-    assert error < 0.6 * alone
-
-
-def test_rounding_does_not_decide_what_one_direction_extends():
-    """M = 0 then, up to rounding, and Y M⁺ Yᵀ = 0."""
-    for seed in range(20):
-        assert float(Response.fit(*measured(matrices(), draws(9, seed=seed), 1)).extension.abs().max()) == 0
-
-
-def test_measurements_know_of_each_other():
-    """Few directions at each of several places: each response is nearer to its matrix than by its own alone."""
-    jacobians = drifting()
-    places = [measured(j, draws(30, seed=n), 5, seed=n) for n, j in enumerate(jacobians)]
-    other = draws(50, seed=70)
-
-    def errors(fitted):
-        return [
-            float((r(other) - other @ j.mT).norm() / (other @ j.mT).norm())
-            for r, j in zip(fitted, jacobians, strict=True)
-        ]
-
-    alone, together = errors([Response.fit(*m) for m in places]), errors(smoothed(places))
-    assert all(b < a for a, b in zip(alone, together, strict=True))
-    assert sum(together) < 0.85 * sum(alone)
-    single = smoothed(places[:1])[0]
-    assert torch.equal(single(other), Response.fit(*places[0])(other))
-    for r in smoothed(places):
-        assert r.extension.shape[1] == responses.ROWS_PER_DIRECTION * 5
-
-
-@pytest.mark.parametrize("k", [1, 5])
-def test_no_deviation_is_known(k):
-    zero = torch.zeros(B, k, P, dtype=torch.float64)
-    places = [measured(matrices(), zero, 3), measured(matrices(), draws(k), 3)]
-    for r in smoothed(places):
-        assert bool(torch.isfinite(r(draws(2))).all())
-
-
-@pytest.mark.parametrize("k", [1, 5])
-def test_no_deviation_has_no_response(k):
-    response = measure(matrices(), torch.zeros(B, k, P, dtype=torch.float64), 3)
-    out = response(torch.zeros(B, k, P, dtype=torch.float64))
-    assert torch.equal(out, torch.zeros_like(out))
-
-
-@pytest.mark.parametrize("num_steps", [1, 2, 3, 4, 7, 8, 20, 25, 50, 51, 1000])
-@pytest.mark.parametrize("extra_calls", [0.5, 1.2, 2.5, 10])
-@pytest.mark.parametrize(("stages", "noisy"), [(1, False), (2, False), (1, True), (2, True)])
-def test_the_plan_keeps_to_its_budget(num_steps, extra_calls, stages, noisy):
-    steps, p = plan(num_steps, extra_calls, stages=stages, noisy=noisy)
-    last = num_steps - 1
-    assert steps == sorted(set(steps))
-    assert all(1 <= n <= last for n in steps)
-    if last:
-        assert (steps[0], steps[-1]) == (1 if len(steps) > 1 else last, last)
-        assert p == 1 or len(steps) * p <= extra_calls * num_steps
-        assert len(steps) * (p + 1) + len(steps) > extra_calls * num_steps or len(steps) == last  # and spends it
-    assert all(n % stages == 1 % stages for n in steps[:-1])
-    gaps = [b - a for a, b in itertools.pairwise(steps)][:-1]
-    assert all(b <= a + stages for a, b in itertools.pairwise(gaps))  # denser late, up to rounding
-
-
-def test_the_plan_by_hand():
-    assert plan(50, 2.5) == ([1, 8, 15, 21, 27, 32, 37, 41, 45, 47, 49], 11)
-    assert plan(25, 1.2) == ([1, 9, 16, 21, 24], 6)
-    assert (len(plan(25, 1.2, noisy=True)[0]), plan(25, 1.2, noisy=True)[1]) == (10, 3)
-    assert (len(plan(25, 1.2, stages=2)[0]), plan(25, 1.2, stages=2)[1]) == (7, 4)
-    assert plan(10, 1.2) == ([1, 5, 7, 9], 3)  # four measurements: a cubic
-    assert plan(20, 1.2)[1] * len(plan(20, 1.2)[0]) == 24  # 5 × 4 would waste four calls
-    assert plan(4, 1.2, noisy=True) == ([1, 3], 2)
-    assert plan(4, 2.5) == ([1, 2, 3], 3)  # few steps: all of them
-    assert plan(20, 2.5, refresh=1, num_directions=16) == (list(range(1, 20)), 16)
-    assert len(plan(50, 2.5, refresh=5)[0]) == 10
-    assert plan(25, 2.5, refresh=1, stages=2)[0] == list(range(1, 25))
-    assert plan(1, 2.5)[0] == []
-
-
-@pytest.mark.parametrize("nodes", [[1], [1, 4], [1, 3, 4], [1, 5, 9, 12, 14, 15]])
-def test_interpolation_reproduces_polynomials(nodes):
-    """Cubics where there are four nodes; lines beyond the last."""
-    for degree in range(min(3, len(nodes) - 1) + 1):
-        for n in range(1, nodes[-1] + 1):
-            weights = interpolation(nodes, n)
-            assert sum(w * m**degree for m, w in weights.items()) == pytest.approx(n**degree)
-            if n in nodes:
-                assert weights == {n: 1}
-    beyond = interpolation(nodes, nodes[-1] + 2)
-    assert sum(w * m for m, w in beyond.items()) == pytest.approx(nodes[-1] + 2 * (len(nodes) > 1))
-
-
-@pytest.fixture(scope="module")
-def shipped():
-    pipe, data = zoo.load("fashion-ddpm")
-    few = data.subset(slice(200))
-    posterior = fit(
-        pipe, few, dataset_size=data.dataset_size, generator=torch.Generator().manual_seed(0), progress=False
-    )
-    return pipe, posterior
-
-
-def run(shipped, *, seed=5, **kwargs):
+def run(shipped, settings, *, seed=5):
     pipe, posterior = shipped
-    up = UncertaintyPipeline(pipe, posterior, generator=torch.Generator().manual_seed(seed), **kwargs)
-    generators = [torch.Generator().manual_seed(i) for i in range(3)]
-    return up(["sneaker", "bag", "coat"], num_inference_steps=20, generator=generators)
+    settings = dataclasses.replace(settings, generator=torch.Generator().manual_seed(seed))
+    return bd.UncertaintyPipeline(pipe, posterior, propagation=settings)(
+        ["sneaker", "bag"], num_inference_steps=STEPS, generator=cases.seeds(0, 1)
+    )
 
 
 def agreement(std, reference):
@@ -267,30 +32,175 @@ def agreement(std, reference):
     return float(torch.corrcoef(both)[0, 1]), float(std.mean() / reference.mean())
 
 
-def test_few_calls_on_a_trained_model(shipped):
+def expected_calls(settings):
+    """The pipe's own, one more that asks whether the network repeats itself, and the measurements, p at each place."""
+    found = plan(tuple(map(float, range(STEPS))), settings.extra_calls, settings.refresh, settings.num_directions)
+    sides = 2 if settings.refresh == 1 and (settings.num_directions or 0) >= settings.draws else 1
+    return STEPS + 1 + len(found.nodes) * min(found.num_directions, settings.draws) * sides
+
+
+@pytest.fixture(scope="module")
+def fast(shipped):
+    return run(shipped, bd.Tangents(draws=16))
+
+
+def test_few_calls_on_a_trained_model(shipped, fast):
     """Everything but the linearisation taken away, the same draws: what is left is the error of few calls."""
-    exact = run(shipped, num_tangents=16, refresh=1, num_directions=16)
-    assert exact.calls == 20 + 19 * 16
-    fast = run(shipped, num_tangents=16)
-    assert fast.calls == 20 + 7 * 7
+    every = bd.Tangents(draws=16, refresh=1, num_directions=16)
+    exact = run(shipped, every)
+    assert exact.calls == expected_calls(every)
+    assert fast.calls == expected_calls(bd.Tangents(draws=16))
+    assert fast.calls <= STEPS * 3.5 + 1
+    assert fast.images[0].tobytes() == exact.images[0].tobytes()
     correlation, ratio = agreement(fast.std, exact.std)
     assert correlation > 0.94
     assert 0.85 < ratio < 1.15
-    more = run(shipped, num_tangents=16, refresh=2, num_directions=12)
+    more = run(shipped, bd.Tangents(draws=16, refresh=2, num_directions=10))
     closer, _ = agreement(more.std, exact.std)
     assert closer > 0.97
+    assert float(more.residual.max()) < float(fast.residual.max())
 
 
-def test_many_draws_cost_no_network_calls(shipped):
-    few, many = run(shipped, num_tangents=16), run(shipped, num_tangents=96)
-    assert few.calls == many.calls
-    correlation, _ = agreement(few.std, many.std)
+def test_many_draws_cost_no_network_calls(shipped, fast):
+    many = run(shipped, bd.Tangents(draws=96))
+    assert fast.calls == many.calls
+    correlation, _ = agreement(fast.std, many.std)
     assert correlation > 0.9  # other draws: √(2/16)/2 = 18 % of noise in each std
 
 
 def test_tangents_agree_with_an_ensemble_of_a_trained_model(shipped):
-    """Other draws, whole nonlinear trajectories: 1/√(2·39) = 11 % of noise in each of the reference's std."""
-    reference = run(shipped, propagation="ensemble", num_tangents=40, seed=77)
-    correlation, ratio = agreement(run(shipped, refresh=2, num_directions=12).std, reference.std)
+    """Other draws, whole nonlinear trajectories: 1/√(2·31) = 13 % of noise in each of the reference's std."""
+    reference = run(shipped, bd.Ensemble(members=32), seed=77)
+    found = run(shipped, bd.Tangents(draws=64, refresh=2, num_directions=10))
+    correlation, ratio = agreement(found.std, reference.std)
     assert correlation > 0.95
     assert 0.85 < ratio < 1.15
+    assert reference.calls == STEPS * (1 + 32) + 1
+
+
+@pytest.fixture(scope="module")
+def small():
+    pipe = cases.class_pipeline(diffusers.DDIMScheduler(clip_sample=False))
+    return pipe, cases.class_posterior(pipe)
+
+
+def on_small(small, **kwargs):
+    pipe, posterior = small
+    up = bd.UncertaintyPipeline(pipe, posterior, propagation=bd.Tangents(draws=6, refresh=4, num_directions=2, **kwargs))
+    return up([0, 2], generator=cases.seeds(4, 5), num_inference_steps=20, output_type="latent")
+
+
+@pytest.mark.parametrize("batch_invariant", [False, True])
+def test_the_second_pass_uses_what_all_measurements_know(small, batch_invariant):
+    plain = on_small(small, batch_invariant=batch_invariant).variance
+    with mock.patch.object(responder, "smoothed", wraps=smoothed) as spy:
+        assert torch.equal(on_small(small, batch_invariant=batch_invariant).variance, plain)
+    places = plan(tuple(map(float, range(20))), 2.5, 4, 2).nodes
+    assert spy.call_count == (2 if batch_invariant else 1)  # samples that are worked on together
+    for call in spy.call_args_list:
+        (measured,) = call.args
+        assert len(measured) == len(places)
+        assert all(chosen.directions.shape[:2] == (1 if batch_invariant else 2, 2) for chosen, _ in measured)
+
+    def silent(measured):  # no response at all
+        return [dataclasses.replace(r, **{k: 0 * v for k, v in vars(r).items()}) for r in smoothed(measured)]
+
+    with mock.patch.object(responder, "smoothed", silent):
+        assert float((on_small(small, batch_invariant=batch_invariant).variance / plain - 1).abs().max()) > 0.01
+
+
+def test_measurements_of_a_two_stage_solver_do_not_know_of_each_other():
+    pipe = cases.class_pipeline(diffusers.HeunDiscreteScheduler())
+    up = bd.UncertaintyPipeline(
+        pipe, cases.class_posterior(pipe, 1e4), propagation=bd.Tangents(draws=6, num_directions=2, refresh=2)
+    )
+    with (
+        mock.patch.object(responder, "smoothed", wraps=smoothed) as together,
+        mock.patch.object(responder.Response, "fit", wraps=Response.fit) as each,
+    ):
+        up([0], num_inference_steps=7, generator=cases.seeds(3))
+    assert together.call_count == 0
+    assert each.call_count > 2
+    assert all(call.args[2] is None for call in each.call_args_list)
+
+
+def test_the_plan_is_told_of_noise_and_stages(small):
+    seen = []
+
+    def spy(places, *args, **kwargs):
+        seen.append(args[-2:])
+        return plan(places, *args, **kwargs)
+
+    pipe, posterior = small
+    up = bd.UncertaintyPipeline(pipe, posterior, propagation=bd.Tangents(draws=2))
+    with mock.patch("bayesdiff.propagation.tangents.plan", spy):
+        for eta in (0.0, 0.5):
+            up(0, num_inference_steps=4, eta=eta, generator=torch.Generator().manual_seed(0))
+        heun = cases.class_pipeline(diffusers.HeunDiscreteScheduler())
+        bd.UncertaintyPipeline(heun, posterior, propagation=bd.Tangents(draws=2))(0, num_inference_steps=4)
+    assert seen == [(1, False), (1, True), (2, False)]
+
+
+@pytest.mark.parametrize("sequential", [False, True])
+def test_directions_that_share_a_network_call(sequential):
+    """The same map but for rounding, and the same count."""
+    pipe, posterior = cases.guided(torch.float64)
+    seen, outputs = [], []
+    handle = pipe.unet.conv_in.register_forward_hook(lambda _, __, output: seen.append(len(output)))
+    for together in (1, 3, 100):
+        seen.clear()
+        settings = bd.Tangents(draws=7, refresh=1, num_directions=5, directions_per_call=together)
+        up = bd.UncertaintyPipeline(pipe, posterior, propagation=settings)
+        outputs.append(up(batch_size=2, generator=cases.seeds(1, 2), num_inference_steps=4, sequential=sequential))
+        assert max(seen) == (2 if sequential else 4) * min(together, 5)
+    handle.remove()
+    for out in outputs[1:]:
+        assert out.calls == outputs[0].calls
+        torch.testing.assert_close(out.variance, outputs[0].variance, rtol=1e-5, atol=0)
+
+
+def test_branches_that_are_called_apart_are_followed_as_those_of_one_call():
+    """Nearly the same map: on the way to it, each branch is extended by itself."""
+    pipe, posterior = cases.guided(torch.float64, scale=1e4)
+
+    def both(**kwargs):
+        up = bd.UncertaintyPipeline(pipe, posterior, propagation=bd.Tangents(draws=6, **kwargs))
+        return [
+            up(batch_size=2, generator=cases.seeds(1, 2), num_inference_steps=12, scale=4.0, sequential=s)
+            for s in (False, True)
+        ]
+
+    together, apart = both(refresh=1, num_directions=6)
+    assert torch.equal(apart.variance, together.variance)
+    together, apart = both()
+    assert float((apart.std - together.std).norm() / together.std.norm()) < 0.15
+    assert apart.calls - 1 == 2 * (together.calls - 1)  # a call on half as many rows
+    torch.testing.assert_close(apart.residual, together.residual, rtol=0.15, atol=0)
+
+
+def test_what_is_extended_is_the_combination_of_branches():
+    """At s = 7.5 the errors of the branches' own extensions would be multiplied by it."""
+    pipe, posterior = cases.guided(torch.float64, scale=1e4)
+
+    def std(**kwargs):
+        up = bd.UncertaintyPipeline(pipe, posterior, propagation=bd.Tangents(draws=12, **kwargs))
+        return up(batch_size=2, generator=cases.seeds(1, 2), num_inference_steps=12, scale=7.5).std
+
+    exact = std(refresh=1, num_directions=12)
+    found = agreement(std(refresh=1, num_directions=4), exact)[0]
+    with mock.patch("bayesdiff.propagation.run.branches", lambda steps: {}):
+        alone = agreement(std(refresh=1, num_directions=4), exact)[0]
+    assert found > alone
+
+
+def test_no_measurement_before_there_are_deviations(small):
+    """The first call's input has no tangent: it costs nothing."""
+    pipe, posterior = small
+    up = bd.UncertaintyPipeline(pipe, posterior, propagation=bd.Tangents(draws=3, refresh=1, num_directions=3))
+    with mock.patch.object(TangentRun, "_measure", autospec=True, side_effect=TangentRun._measure) as measured:
+        out = up([0], num_inference_steps=3, generator=cases.seeds(0), output_type="latent")
+    assert [call.args[2] for call in measured.call_args_list] == [1, 2]
+    assert out.calls == 3 + 1 + 2 * 3 * 2
+    one = up([0], num_inference_steps=1, generator=cases.seeds(0), output_type="latent")
+    assert one.calls == 2
+    assert one.residual is None

@@ -22,7 +22,7 @@ PAST = {
     "permuted": (lambda v: v.clamp(-1, 1).permute(0, 2, 3, 1), lambda v: v.permute(0, 2, 3, 1)),
     "cast": (lambda v: v.clamp(0, 1).double().cpu(), lambda v: v.double()),
     "indexed": (lambda v: v.clamp(0, 1)[1:], lambda v: v[1:]),
-    "stacked": (lambda v: torch.stack([row for row in v.clamp(0, 1)]), lambda v: v),
+    "stacked": (lambda v: torch.stack(list(v.clamp(0, 1))), lambda v: v),
     "twice": (lambda v: (2 * v.clamp(-2, 2)).clamp(-1, 1), lambda v: 2 * v),
 }  # fmt: skip
 

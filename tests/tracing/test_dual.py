@@ -1172,8 +1172,12 @@ def test_memory_of_an_array_is_used_again() -> None:
             assert dual.tangents(other) is None
             dual.escapes.clear()
             del array, kept, other
-            assert all(dual.tangents(torch.empty(A, dtype=torch.float64)) is None for _ in range(5))
     assert len(dual._handed) < 4
+    fresh = torch.zeros(A, dtype=torch.float64)
+    ((_, size, entry), *_) = dual._handed
+    assert entry.ref.expired()
+    dual._handed = [(fresh.data_ptr(), size, entry)]
+    assert dual.tangents(fresh) is None  # at the very same place
 
 
 def test_an_array_changed_in_numpy_is_refused() -> None:
@@ -1207,6 +1211,7 @@ LIBRARY.impl("composite", lambda x: x.sin() * 2, "CompositeImplicitAutograd")
         (lambda x: F.gumbel_softmax(x), "random"),
         (lambda x: F.rrelu(-x, training=True), "random"),
         (lambda x: nn.BatchNorm1d(3).double()(x), "running averages"),
+        (lambda x: torch.normal(x, 1.0, out=torch.empty(A, dtype=x.dtype)), "drawn twice"),
         (lambda x: torch.ops.bayesdiff_tests.opaque(x), "custom operator"),
         (lambda x: torch.ops.bayesdiff_tests.writes.default(x), "changes an argument"),
         (lambda x: x.requires_grad_().sum().backward(), "gradients of gradients"),

@@ -112,7 +112,7 @@ def test_a_head_that_is_the_output_needs_no_numbers():
 
 
 def test_what_the_head_does_not_reach_has_no_shift():
-    head, output, (features, tail, _) = read(FOLLOWED["beside-something-else"][0](), noise(B, 2, 4, 4))
+    head, _output, (features, tail, _) = read(FOLLOWED["beside-something-else"][0](), noise(B, 2, 4, 4))
     (shift,) = tail(head.geometry.apply(features, noise(1, head.out_channels, head.in_features)))
     assert bool((shift[:, :, :2] == 0).all())
     assert bool((shift[:, :, 2:] != 0).all())

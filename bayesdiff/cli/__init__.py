@@ -1,0 +1,3 @@
+"""The command line."""
+
+from bayesdiff.cli.main import app as app

@@ -1,0 +1,5 @@
+"""``python -m bayesdiff.cli``."""
+
+from bayesdiff.cli.main import app
+
+app()

@@ -1,0 +1,132 @@
+"""Two runs on the record, moved to both sides: tangents that were lost or follow the wrong path show, at no network call."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import bayesdiff as bd
+from bayesdiff.checks import BayesdiffWarning, UnsupportedPipelineError
+from bayesdiff.head.find import find_head
+from tests import cases
+
+STEPS = 6
+
+
+def sampler(network, then=lambda x, n: x, steps=STEPS):
+    @torch.no_grad()
+    def run(x):
+        for n in range(steps):
+            x = then(x - 0.2 * network(x, torch.tensor(900 - 100 * n)).sample, n)
+        return x
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def network():
+    return cases.tiny_unet(channels=1).double()
+
+
+@pytest.fixture(scope="module")
+def posterior(network):
+    images = torch.rand(32, 1, 8, 8, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    return bd.fit(
+        network, images, dataset_size=10**6, scheduler=cases.scheduler(), generator=torch.Generator().manual_seed(2),
+        progress=False,
+    )  # fmt: skip
+
+
+def x():
+    return torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+def propagated(network, posterior, then=lambda x, n: x, x=None, **kwargs):
+    given = globals()["x"]() if x is None else x
+    return bd.propagate(sampler(network, then), network, posterior, given, propagation=bd.Tangents(draws=4, **kwargs))
+
+
+SMOOTH = {
+    "linear": lambda x, n: x,
+    "bent": lambda x, n: 1.5 * x.tanh(),
+    "normed": lambda x, n: 8 * x / x.norm(),
+    "in-place": lambda x, n: x.mul_(0.9),
+    "another-buffer": lambda x, n: torch.empty_like(x).copy_(x),
+    "through-numpy": lambda x, n: torch.from_numpy(x.numpy()),
+}
+
+
+@pytest.mark.parametrize("name", SMOOTH)
+def test_right_tangents_agree(network, posterior, name):
+    out = propagated(network, posterior, SMOOTH[name])
+    assert out.selfcheck < 1e-3
+    assert out.calls == propagated(network, posterior).calls
+
+
+def lost(share):
+    """A share of the sample goes through arithmetic of NumPy's, in one step."""
+
+    def then(x, n):
+        return x if n != STEPS // 2 - 1 else (1 - share) * x + share * torch.from_numpy(np.asarray(x.numpy()) * 1.0)
+
+    return then
+
+
+@pytest.mark.filterwarnings("ignore:the sampler clips or bends")
+def test_what_is_lost_is_measured(network, posterior):
+    found = [propagated(network, posterior, lost(share)).selfcheck for share in (0.0, 0.01, 0.1, 0.3)]
+    assert found == sorted(found)
+    assert found[0] < 1e-3
+    assert 0.003 < found[1] < found[2] < 0.15 < found[3]
+
+
+def test_a_doubtful_difference_is_warned_of_and_a_wrong_one_refused(network, posterior):
+    with pytest.warns(BayesdiffWarning, match=r"difference of 0\.\d+ .*\(values left PyTorch: numpy at test_selfcheck.py:\d+ in then\)"):
+        propagated(network, posterior, lost(0.3))
+    with pytest.raises(UnsupportedPipelineError, match=r'numpy at test_selfcheck.py:\d+ in then.*propagation="ensemble"'):
+        propagated(network, posterior, lost(0.9))
+
+
+def test_clipping_alone_is_not_doubtful(network, posterior):
+    """Few values are near enough to a kink to be moved over it."""
+    out = propagated(network, posterior, lambda x, n: x.clamp(-1, 1))
+    assert 0 < out.selfcheck < 0.15
+
+
+def test_with_one_call_there_is_nothing_to_compare(network, posterior):
+    """Its input has no tangent."""
+    out = bd.propagate(sampler(network, steps=1), network, posterior, x(), propagation=bd.Tangents(draws=4))
+    assert out.selfcheck != out.selfcheck
+    assert float(out.std.min()) > 0
+
+
+def test_half_precision_hides_it(network, posterior):
+    half = cases.tiny_unet(channels=1)
+    nn.Module.to(half, torch.bfloat16)
+    images = torch.rand(32, 1, 8, 8, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    fitted = bd.fit(half, images, scheduler=cases.scheduler(), progress=False)
+    out = propagated(half, fitted, x=x().bfloat16())
+    assert out.selfcheck != out.selfcheck
+
+
+def test_a_decoder_behind_the_last_call_is_checked_at_its_input(network, posterior):
+    class Decoder(nn.Module):
+        def forward(self, z):
+            return nn.functional.interpolate(z, scale_factor=2).tanh()
+
+    decoder, run = Decoder(), sampler(network)
+
+    def whole(x):
+        return decoder(run(x))
+
+    def broken(x):
+        return decoder(torch.from_numpy(np.asarray(run(x).numpy()) * 1.0) + 0.01 * run(x))
+
+    out = bd.propagate(whole, network, posterior, x(), propagation=bd.Tangents(draws=4))
+    assert out.selfcheck < 1e-3
+    assert out.std.shape == (2, 1, 16, 16)
+    with pytest.raises(UnsupportedPipelineError, match="relative difference"):
+        bd.propagate(broken, network, posterior, x(), propagation=bd.Tangents(draws=4))
+    assert find_head(network).path == "conv_out"
