@@ -19,13 +19,14 @@ from bayesdiff.rng import base_seed, item_generator
 class UncertaintyPipeline:
     r"""Run a diffusers pipeline and carry the head's posterior along its trajectory.
 
-    The pipe runs its own code, several times over; all but measurements of its network is replayed from the first run. It is left as
-    it was.
+    The pipe runs its own code, several times over; all but measurements of its network is replayed from the first run. It
+    is left as it was.
 
     Args:
         pipe: A diffusers pipeline, or anything that is called, has a network named ``unet`` or ``transformer``, and calls it.
         posterior: A posterior of that network's head.
-        propagation: How a variance is carried along: ``"tangents"``, ``"ensemble"``, ``"bayesdiff"``, ``"bayesdiff-centered"``, or
+        propagation: How a variance is carried along: ``"tangents"``, ``"ensemble"``, ``"bayesdiff"``,
+            ``"bayesdiff-centered"``, or
             settings: :class:`bayesdiff.Tangents`, :class:`bayesdiff.Ensemble`, :class:`bayesdiff.BayesDiff`. Their weight
             draws are made once, here: maps of one object share them, and do not depend on the batch.
         head: Exact path of the output layer; by default where the posterior was fitted.
@@ -82,8 +83,8 @@ def propagate(
     r"""Run any function that calls a network, and carry the posterior of the network's head through it.
 
     ``function(*args, **kwargs)`` is run several times, its PyTorch code followed op by op
-    (:mod:`bayesdiff.tracing.dual`). Random numbers come from generators among its arguments, in its closure, or the global ones: all are
-    set back for each run, and left where one run leaves them.
+    (:mod:`bayesdiff.tracing.dual`). Random numbers come from generators among its arguments, in its closure, or the
+    global ones: all are set back for each run, and left where one run leaves them.
 
     Args:
         function: Any function: a sampler's loop, k-diffusion's ``sample_euler``, a method.
@@ -100,7 +101,8 @@ def propagate(
 
     Raises:
         HeadMismatchError: The posterior is of another network.
-        NotRepeatableError, UnsupportedPipelineError, UnsupportedHeadError, NonFiniteError: As :meth:`UncertaintyPipeline.__call__`.
+        NotRepeatableError, UnsupportedPipelineError, UnsupportedHeadError, NonFiniteError: As
+            :meth:`UncertaintyPipeline.__call__`.
     """
     if not callable(function):
         raise ArgumentError(f"expected a function, got {type(function).__name__}")
@@ -124,6 +126,8 @@ def drawn(posterior: LaplacePosterior, chosen: Settings) -> tuple[Tensor, int]:
     if isinstance(chosen, Tangents):
         # Only the second moments of tangents count, so their draws may be orthogonal; an ensemble's are independent.
         return posterior.deviations(chosen.draws, generator, orthogonal=True), 0
-    seed = base_seed(generator) if isinstance(chosen, BayesDiff) or (isinstance(chosen, Ensemble) and chosen.redraw) else 0
+    seed = (
+        base_seed(generator) if isinstance(chosen, BayesDiff) or (isinstance(chosen, Ensemble) and chosen.redraw) else 0
+    )
     number = chosen.members if isinstance(chosen, Ensemble) else 64  # BayesDiff: for steps without a closed form
     return posterior.deviations(number, generator), seed

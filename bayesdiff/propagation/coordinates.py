@@ -2,8 +2,8 @@ r"""The network's own coordinates: where each call is on the trajectory, and whi
 
 Whatever convention a sampler has, a network sees :math:`x_{in} = \alpha x_0 + \sigma\varepsilon`, with α and σ by its own
 timestep; so its output gives the denoiser :math:`D = a\,x_{in} + b\,f` (:mod:`bayesdiff.diffusion.parametrization`), whose
-Jacobian changes more slowly along a trajectory than the output's. The timestep is found among the arguments by what it does: it is a
-number, and it falls or rises from call to call.
+Jacobian changes more slowly along a trajectory than the output's. The timestep is found among the arguments by what it
+does: it is a number, and it falls or rises from call to call.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ def levels(calls: Sequence[Call]) -> list[float] | None:
 def branch_order(calls: Sequence[Call]) -> list[tuple[int, int]]:
     """For each call, which branch of its sample it is, and its number among that branch's calls.
 
-    Guidance may call the network for each branch apart: one call after the other with the same sample at the same level, and other
-    conditions. Their responses are different ones.
+    Guidance may call the network for each branch apart: one call after the other with the same sample at the same level,
+    and other conditions. Their responses are different ones.
     """
     out: list[tuple[int, int]] = []
     seen: dict[int, int] = {}

@@ -5,8 +5,8 @@ DIFF-UQ's estimator (UAI 2025), nonlinear, M times the calls. With ``redraw`` it
 given, as if the errors of the steps were independent, which one network's are not: errors then average out, and the variance is
 too small.
 
-Before the first member the ensemble itself is tested: a run on the recorded outputs, that is with δW = 0, must give the network what
-the first run gave it.
+Before the first member the ensemble itself is tested: a run on the recorded outputs, that is with δW = 0, must give the
+network what the first run gave it.
 """
 
 from __future__ import annotations
@@ -71,7 +71,9 @@ class EnsembleRun:
         #: Each member's result, if factors were asked for.
         self.members: list[Tensor] = []
 
-    def run(self, output: Any, function: Callable[..., Any] | None = None, after: Callable[[bool], None] | None = None) -> None:
+    def run(
+        self, output: Any, function: Callable[..., Any] | None = None, after: Callable[[bool], None] | None = None
+    ) -> None:
         """All members.
 
         Args:
@@ -109,7 +111,7 @@ class EnsembleRun:
 
     @contextmanager
     def _weights(self, m: int) -> Iterator[None]:
-        """The head with δW of member m; that of the sample that it is given, if they are redrawn: branches of guidance share it."""
+        """The head with δW of member m; if they are redrawn, that of the sample that it is given: branches of guidance share it."""
         if not self.settings.redraw:
             with self.session.head.shifted(self.deviations[m]):
                 yield
@@ -131,4 +133,3 @@ class EnsembleRun:
 
 def _equal(one: Tensor, other: Tensor) -> bool:
     return one.shape == other.shape and torch.equal(one.nan_to_num(), other.nan_to_num())
-

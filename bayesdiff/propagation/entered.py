@@ -137,7 +137,8 @@ class Entered:
 
         Args:
             shifts: ``(R, p, P_in)``.
-            length: How far a typical deviation goes, ``(R, 1)``: a one-sided step is that long, or longer where rounding asks for it.
+            length: How far a typical deviation goes, ``(R, 1)``: a one-sided step is that long, or longer where rounding
+                asks for it.
             together: How many share one call of the module.
             central: To both sides, with twice the calls: the derivative itself, not a difference along a deviation.
 
@@ -160,7 +161,9 @@ class Entered:
             away = h.unsqueeze(2) * shifts[:, first : first + group].double()
             ends = self._evaluate((base.unsqueeze(1) + away).unbind(1))
             starts = self._evaluate((base.unsqueeze(1) - away).unbind(1)) if central else [f] * len(ends)
-            images += [(g - s) / ((1 + central) * h[:, i, None]) for i, (g, s) in enumerate(zip(ends, starts, strict=True))]
+            images += [
+                (g - s) / ((1 + central) * h[:, i, None]) for i, (g, s) in enumerate(zip(ends, starts, strict=True))
+            ]
         return torch.stack(images, dim=1)
 
     def _evaluate(self, inputs: tuple[Tensor, ...]) -> list[Tensor]:

@@ -13,7 +13,8 @@ the others Var[x'] = A² Var[x] + s².
 The covariance is not centred: :math:`\sum_i (x_i - E[x])\,g(x_i)` over ten draws is noise as large as g, and the variance
 soon negative. The centred repair takes the sample covariance, :math:`\sum_i (x_i - \bar x)(g(x_i) - \bar g)/(S-1)`.
 
-A and B are the derivatives of the scheduler's own step, taken on dual numbers. Differences from the authors' program: it moves the
+A and B are the derivatives of the scheduler's own step, taken on dual numbers. Differences from the authors' program: it
+moves the
 trajectory itself by draws from N(g, Var[g]), while here it is the pipe's own; its DDPM sampler has slips (an A² without the
 square, β of the wrong step) that its paper does not.
 """
@@ -75,7 +76,13 @@ class Recursion:
     def __init__(
         self, session: Session, posterior: LaplacePosterior, settings: BayesDiff, scheduler: Any, seed: int
     ) -> None:  # fmt: skip
-        self.session, self.posterior, self.settings, self.scheduler, self.seed = session, posterior, settings, scheduler, seed
+        self.session, self.posterior, self.settings, self.scheduler, self.seed = (
+            session,
+            posterior,
+            settings,
+            scheduler,
+            seed,
+        )
         self._probe = Probe(session, self._advance)
         self._duals = DualNumbers()
         self._given: Callable[..., Any] | None = None
@@ -176,12 +183,14 @@ class Recursion:
         scale = found.tangents[-1].double()
         if scale.shape != self._variance.shape or not bool(torch.allclose(scale, scale.flatten()[0])):
             raise UnsupportedPipelineError(
-                "expected a pipeline that returns its last sample, scaled, for the recursion of BayesDiff, which has a variance for "
-                f'each of its numbers and no covariance to decode; got {tuple(scale.shape)} of {tuple(self._variance.shape)}; '
+                "expected a pipeline that returns its last sample, scaled, for the recursion of BayesDiff, which has a variance "
+                f"for each of its numbers and no covariance to decode; got {tuple(scale.shape)} of {tuple(self._variance.shape)}; "
                 'use output_type="latent", or propagation="tangents"'
             )
         return Recursed(
-            (self._variance * scale.square()).float(), self._along[-1], self._along if self.settings.trajectory else None
+            (self._variance * scale.square()).float(),
+            self._along[-1],
+            self._along if self.settings.trajectory else None,
         )
 
     def _covariance(self, step: Step, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
@@ -228,7 +237,8 @@ class Recursion:
                 found = row_features(self.session.network.calls[s.call], s.row)
                 if found is None:
                     raise UnsupportedPipelineError(
-                        "expected features with a row for each row of the network's output for the recursion of BayesDiff, got others"
+                        "expected features with a row for each row of the network's output for the recursion of BayesDiff, "
+                        "got others"
                     )
                 phi, index, scale = found
                 row = self.posterior.variance(phi).flatten()[index].double() * scale.double().square()
@@ -248,7 +258,9 @@ class Recursion:
             self._duals.attach(x, torch.stack([one, zero, odd, even]))
             whole = torch.stack([zero, one, odd, even])
             if g.shape != x.shape:  # a learned variance beside the output
-                whole = torch.cat([whole, whole.new_zeros(4, *g.shape[:1], g.shape[1] - x.shape[1], *g.shape[2:])], dim=2)
+                whole = torch.cat(
+                    [whole, whole.new_zeros(4, *g.shape[:1], g.shape[1] - x.shape[1], *g.shape[2:])], dim=2
+                )
             self._duals.attach(g, whole)
             result = call_step(original, {**given, "sample": x, "model_output": g})
             found = self._duals.tangents(previous_sample(result))

@@ -160,10 +160,14 @@ class Responder:
             assert m.images is not None
             weighted = m.chosen.directions * m.strengths.to(m.chosen.directions).unsqueeze(2)
             weights = self.plan.cubic(n, others)
-            found = torch.cat([
-                Response.weighted([(w, self._responses[o][g]) for o, w in weights.items()], weighted[group].to(self.dtype))
-                for g, group in enumerate(self.groups(len(weighted)))
-            ])
+            found = torch.cat(
+                [
+                    Response.weighted(
+                        [(w, self._responses[o][g]) for o, w in weights.items()], weighted[group].to(self.dtype)
+                    )
+                    for g, group in enumerate(self.groups(len(weighted)))
+                ]
+            )
             size = m.chosen.safe.unsqueeze(1).to(found)
             wanted = m.images * m.strengths.to(found).unsqueeze(2) / size
             above = above + (found - wanted).double().square().sum((1, 2)).cpu()
@@ -211,7 +215,9 @@ def combine(responders: list[Responder]) -> None:
             and p.coefficients == parts[0].coefficients
             and (p.apart is None or p.apart.shape[-1] == p.images.shape[-1]) for p in parts
         )  # fmt: skip
-        shares = torch.stack([p.branches.share for p in parts]) if len({len(p.branches.share) for p in parts}) == 1 else None
+        shares = (
+            torch.stack([p.branches.share for p in parts]) if len({len(p.branches.share) for p in parts}) == 1 else None
+        )
         total = None if shares is None else shares.sum(0)
         if not same or shares is None or total is None or bool((total.abs() < 1e-3 * shares.abs().amax(0)).any()):
             continue

@@ -1,6 +1,7 @@
 """What a function returned, as one tensor with its tangents: ``(B, C, H, W)``, or whatever shape it has.
 
-Results leave PyTorch in many ways: as tensors in a nest, as NumPy arrays with the channels last, as PIL images. Arrays and images are
+Results leave PyTorch in many ways: as tensors in a nest, as NumPy arrays with the channels last, as PIL images. Arrays
+and images are
 matched with what was handed out by ``.numpy()``, value by value; what matches nothing has no tangents, and is an error.
 """
 
@@ -109,10 +110,12 @@ def _escaped(trace: DualNumbers) -> Iterator[tuple[np.ndarray, Tensor]]:
 
 
 def _channels_last(array: np.ndarray) -> bool:
-    """Whether an array has its channels last: moved there, so that its elements lie farther apart than its neighbour's, or as pixels."""
+    """Whether an array has its channels last: moved there, so that they lie farther apart than their neighbours, or as pixels."""
     if array.ndim < 3:
         return False
-    return abs(array.strides[-1]) > abs(array.strides[-2]) or (array.shape[-1] in (1, 3, 4) and array.shape[-3] not in (1, 3, 4))
+    return abs(array.strides[-1]) > abs(array.strides[-2]) or (
+        array.shape[-1] in (1, 3, 4) and array.shape[-3] not in (1, 3, 4)
+    )
 
 
 def _placed(tangents: Tensor, moved: bool) -> Tensor:

@@ -104,7 +104,9 @@ class UncertainRun:
     def _predicted(self) -> dict[str, Any]:
         """What is given to each step, and its variance."""
         calls = self.session.network.calls
-        variances = [step_variance(s, calls, self.posterior, by_sample=self.settings.batch_invariant) for s in self.steps]
+        variances = [
+            step_variance(s, calls, self.posterior, by_sample=self.settings.batch_invariant) for s in self.steps
+        ]
         exact = [v is not None for v in variances]
         if not all(exact):
             drawn = DrawnVariance(self.session, self.direct)
@@ -155,7 +157,8 @@ class UncertainRun:
                 factors.append(found.tangents.float() / len(self.deviations) ** 0.5)
         if not bool(torch.isfinite(variance).all()):
             raise NonFiniteError(
-                "expected finite deviations at the end of the run, got NaN or infinity; use float32 or bfloat16, or more extra_calls"
+                "expected finite deviations at the end of the run, got NaN or infinity; use float32 or bfloat16, or more "
+                "extra_calls"
             )
         steps = [Gaussian(x, v / len(self.deviations)) for x, v in zip(samples, along, strict=True)]
         selfcheck = run.selfcheck.run(self.again())
@@ -204,7 +207,9 @@ class UncertainRun:
         again = self.session.replay(run.on_network, lambda *_: None, self.again(run.on_step))
         predicted = self._predicted()
         result = run.finish(again)
-        return UncertaintyOutput(output, result.variance, **self._counts(), **predicted, latents=result.latents, trajectory=result.trajectory)
+        return UncertaintyOutput(
+            output, result.variance, **self._counts(), **predicted, latents=result.latents, trajectory=result.trajectory
+        )
 
 
 def sum_of_squares(tangents: Tensor) -> Tensor:

@@ -91,13 +91,17 @@ class SelfCheck:
                 'propagation="ensemble", which needs no derivative'
             )
         if apart > DOUBTFUL:
-            warnings.warn(f"the sampler clips or bends: {told}; an ensemble shows what that does", BayesdiffWarning, stacklevel=4)
+            warnings.warn(
+                f"the sampler clips or bends: {told}; an ensemble shows what that does", BayesdiffWarning, stacklevel=4
+            )
         return apart
 
     def _nudge(self, box: Box, n: int, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         key = (id(box), n)
         if key in self._expected:
-            self._points[key] = {i: x.detach().clone() for i, x in enumerate(tensors((args, kwargs))) if i in self._expected[key]}
+            self._points[key] = {
+                i: x.detach().clone() for i, x in enumerate(tensors((args, kwargs))) if i in self._expected[key]
+            }
         outputs = [f for f in tensors(output) if f.is_floating_point()]
         for f, move in zip(outputs, self._moves.get(key, []), strict=False):
             if move is not None:

@@ -34,8 +34,8 @@ class Tangents(Settings):
     r"""K weight draws as tangents along one trajectory (:mod:`bayesdiff.propagation.tangents`): the default.
 
     Args:
-        draws: K; the relative noise of a variance is at most :math:`\sqrt{2/K}`, less because the draws are orthogonal. More draws
-            cost memory and linear algebra, no network calls.
+        draws: K; the relative noise of a variance is at most :math:`\sqrt{2/K}`, less because the draws are orthogonal.
+            More draws cost memory and linear algebra, no network calls.
         extra_calls: Network calls that may be spent on the network's response, in those of the plain run: with 2.5 a map costs
             3.5 times the images alone, and one call more, which asks whether the network repeats itself.
         refresh: r, calls between measurements, on average; by default from ``extra_calls``.
@@ -72,8 +72,8 @@ class Ensemble(Settings):
 
     Args:
         members: M.
-        redraw: New weights for every sample that the network is given, as if the errors of the steps were independent; branches of
-            guidance share them.
+        redraw: New weights for every sample that the network is given, as if the errors of the steps were independent;
+            branches of guidance share them.
     """
 
     members: int = 24

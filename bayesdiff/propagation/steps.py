@@ -18,6 +18,7 @@ from bayesdiff.tracing.step import Step, call_step
 #: A sum of weights that is less than this share of the largest is taken for 0.
 LEAST = 1e-3
 
+
 class Direct:
     """The direct term of a network call: δWφ at its output tensors.
 
@@ -28,7 +29,9 @@ class Direct:
         by_sample: Whether to work on each row by itself.
     """
 
-    def __init__(self, session: Session, geometry: HeadGeometry, deviations: Tensor, *, by_sample: bool = False) -> None:
+    def __init__(
+        self, session: Session, geometry: HeadGeometry, deviations: Tensor, *, by_sample: bool = False
+    ) -> None:
         self.session, self.geometry, self.deviations, self.by_sample = session, geometry, deviations, by_sample
         self._placed: Tensor | None = None
 
@@ -44,7 +47,9 @@ class Direct:
         return call.tail(torch.cat([self.geometry.apply(row, self._placed[draws]) for row in rows], dim=1))
 
 
-def step_variance(step: Step, calls: list[Call], posterior: LaplacePosterior, *, by_sample: bool = False) -> Tensor | None:
+def step_variance(
+    step: Step, calls: list[Call], posterior: LaplacePosterior, *, by_sample: bool = False
+) -> Tensor | None:
     r"""Var[g] = ψᵀΣψ of the guided features ψ = Σ_m w_m φ_m, shaped as g; None where g is no weighted sum of rows.
 
     The bias is a weight of the feature 1, which is Σw in ψ: so ψ is taken relative to Σw, and Σw must not be 0.
@@ -123,7 +128,9 @@ def branches(steps: list[Step]) -> dict[int, Branches]:
             rows = torch.tensor([[s.row for s in m] for m in mine])
             weights = torch.tensor([[s.weight for s in m] for m in mine], dtype=torch.float64)
             total = weights.sum(1, keepdim=True)
-            if len(rows.unique()) == rows.numel() and bool((total.abs() > LEAST * weights.abs().amax(1, keepdim=True)).all()):
+            if len(rows.unique()) == rows.numel() and bool(
+                (total.abs() > LEAST * weights.abs().amax(1, keepdim=True)).all()
+            ):
                 found[n] = Branches(rows, weights / total, total[:, 0])
     return found
 

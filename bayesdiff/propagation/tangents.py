@@ -199,7 +199,8 @@ class TangentRun:
         strange = [v for v in tree_leaves(output) if hasattr(v, "__dict__") and not isinstance(v, Tensor)]
         if strange or not entered.outputs:
             raise UnsupportedPipelineError(
-                f"expected {box.name}, which is given the sample, to return tensors, got {type((strange or [output])[0]).__name__}; "
+                f"expected {box.name}, which is given the sample, to return tensors, got "
+                f"{type((strange or [output])[0]).__name__}; "
                 'use propagation="ensemble"'
             )
         network = self.session.network
@@ -235,7 +236,9 @@ class TangentRun:
         )
         return entered.returned.unpack((norm * images).to(self.dtype))
 
-    def _attach(self, box: Box, n: int, args: Any, kwargs: Any, output: Any, total: list[Tensor | None] | list[Tensor]) -> None:
+    def _attach(
+        self, box: Box, n: int, args: Any, kwargs: Any, output: Any, total: list[Tensor | None] | list[Tensor]
+    ) -> None:
         for f, tangents in zip(floating(output), total, strict=True):
             if tangents is not None:
                 self.session.trace.attach(f, tangents)

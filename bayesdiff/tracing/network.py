@@ -104,7 +104,13 @@ class Session:
     """
 
     def __init__(
-        self, run: Rerun, network: nn.Module, head: Head, components: dict[str, nn.Module] | None = None, *, by_row: bool = False
+        self,
+        run: Rerun,
+        network: nn.Module,
+        head: Head,
+        components: dict[str, nn.Module] | None = None,
+        *,
+        by_row: bool = False,
     ) -> None:
         self.run, self.head = run, head
         self.network = Box("the network", network)
@@ -282,7 +288,9 @@ class Session:
             box.calls.append(Call(kept, sums, scalars, features, 0.0, tail, rounding, agreement))
             self._bytes += features.numel() * features.element_size()
             if self._bytes > KEPT:
-                for call in box.calls if self._bytes - features.numel() * features.element_size() <= KEPT else box.calls[-1:]:
+                for call in (
+                    box.calls if self._bytes - features.numel() * features.element_size() <= KEPT else box.calls[-1:]
+                ):
                     call.shrink()
             return output
         finally:
@@ -314,9 +322,9 @@ class Session:
             if not torch.equal(one, other):
                 apart = float((one.double() - other.double()).abs().max())
                 raise NotRepeatableError(
-                    f"expected {type(box.module).__name__} to give the same call the same answer, got a difference of {apart:.3g} "
-                    f"(largest output: {float(one.abs().max()):.3g}): it remembers earlier calls (a block cache?) or computes with "
-                    "random numbers"
+                    f"expected {type(box.module).__name__} to give the same call the same answer, got a difference of "
+                    f"{apart:.3g} (largest output: {float(one.abs().max()):.3g}): it remembers earlier calls (a block cache?) "
+                    "or computes with random numbers"
                 )
 
 

@@ -78,7 +78,8 @@ def repeated(value: Any, rows: int, times: int) -> Any:
 def in_rows(forward: Callable[..., Any]) -> Callable[..., Any]:
     """A network's ``forward``, evaluated one row at a time.
 
-    A network evaluated on a batch of eight and on one of them alone gives the same numbers only to rounding: libraries choose their
+    A network evaluated on a batch of eight and on one of them alone gives the same numbers only to rounding: libraries
+    choose their
     algorithms by the size of the batch. One row at a time, they have no choice. Every tensor among the arguments whose
     first dimension is as long as the first tensor's is taken to have a row for each; :func:`check_rows` makes sure.
     """

@@ -4,7 +4,8 @@ A guided output is :math:`g = f_u + s(f_c - f_u)` (Ho & Salimans 2022). Both bra
 is the head applied to guided features, :math:`g = W\psi` with :math:`\psi = \sum_m w_m\varphi_m`, and its variance is
 :math:`\psi^\top\Sigma\psi`. Adding the branches' variances as if they were independent is an order of magnitude too large.
 
-The weights are read off: each row of each network output is given tangents, ones and numbers, and the pipeline's own code takes them to
+The weights are read off: each row of each network output is given tangents, ones and numbers, and the pipeline's own code
+takes them to
 the scheduler. Ones arrive as w, numbers as w times the place that they came from. What arrives otherwise (guidance that is
 rescaled, for example) is not a weighted sum, and the step is not ``exact``.
 """
@@ -152,7 +153,9 @@ class Probe:
             for r, where in rows:
                 part = t[offset + 2 * r, where]
                 part.fill_(1)
-                t[offset + 2 * r + 1, where] = torch.arange(1, part.numel() + 1, dtype=dtype, device=f.device).view(part.shape)
+                t[offset + 2 * r + 1, where] = torch.arange(1, part.numel() + 1, dtype=dtype, device=f.device).view(
+                    part.shape
+                )
             self.session.trace.attach(f, t)
 
     def on_step(self, original: Callable[..., Any], given: dict[str, Any]) -> Any:

@@ -1,7 +1,8 @@
 r"""What a network does after its head: from the head's output h to the network's output f.
 
 Most networks return h itself; transformers fold its tokens into an image, drop some, change the sign; others scale it by the
-noise level. In all of these every number of f depends on one number of h: :math:`\partial f_i/\partial h_{j(i)} = s_i`, nothing else.
+noise level. In all of these every number of f depends on one number of h: :math:`\partial f_i/\partial h_{j(i)} = s_i`,
+nothing else.
 So j and s can be read off with three tangents of h while the network runs: ones give s, and numbers times ones, the two halves of
 j written to the base 4096, give j.
 """

@@ -90,7 +90,9 @@ def judge(
     def run(method: str, detail: str, propagation: Settings) -> None:
         clock = time.perf_counter()
         outputs = [
-            setting.run(pipe, posterior, sampling, replace(propagation, generator=seeded(setting.seed + 1000 * (i + 1))))
+            setting.run(
+                pipe, posterior, sampling, replace(propagation, generator=seeded(setting.seed + 1000 * (i + 1)))
+            )
             for i in range(repeats)
         ]
         add(

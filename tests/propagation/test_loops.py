@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +17,6 @@ from bayesdiff.checks import NotRepeatableError, UnsupportedPipelineError
 from bayesdiff.laplace.posterior import LaplacePosterior
 from bayesdiff.laplace.statistics import Statistics
 from tests.pipelines.kdiffusion import sampling
-import itertools
 
 DRAWS = 3
 BAR = 1e-6
@@ -55,7 +55,9 @@ def posterior_of(network: nn.Module, head: str) -> LaplacePosterior:
     statistics = Statistics(g, 1, "cpu")
     r = torch.randn(g.output_shape(x), generator=generator, dtype=dtype)
     statistics.update(x, r, torch.zeros(8, dtype=torch.long), torch.arange(8))
-    return LaplacePosterior.from_statistics(statistics, found, num_timesteps=1000, covariance="ggn", prior_precision=1e6)
+    return LaplacePosterior.from_statistics(
+        statistics, found, num_timesteps=1000, covariance="ggn", prior_precision=1e6
+    )
 
 
 @pytest.fixture(scope="module")
@@ -134,12 +136,14 @@ def test_samplers_of_k_diffusion_as_they_are(name: str, mlp: tuple[Mlp, Denoiser
 
 def test_dpm_fast_of_k_diffusion(mlp: tuple[Mlp, Denoiser, LaplacePosterior]) -> None:
     net, denoiser, posterior = mlp
-    assert worst(lambda: sampling().sample_dpm_fast(denoiser, 10 * noise(4, 10), 0.02, 10.0, 12, disable=True), net, posterior) <= BAR
+    sample, x = sampling().sample_dpm_fast, 10 * noise(4, 10)
+    assert worst(lambda: sample(denoiser, x, 0.02, 10.0, 12, disable=True), net, posterior) <= BAR
 
 
 def test_the_adaptive_sampler_is_followed_between_its_jumps(mlp: tuple[Mlp, Denoiser, LaplacePosterior]) -> None:
     net, denoiser, posterior = mlp
-    assert worst(lambda: sampling().sample_dpm_adaptive(denoiser, 10 * noise(4, 10), 0.02, 10.0, disable=True), net, posterior) <= 0.1
+    sample, x = sampling().sample_dpm_adaptive, 10 * noise(4, 10)
+    assert worst(lambda: sample(denoiser, x, 0.02, 10.0, disable=True), net, posterior) <= 0.1
 
 
 def test_a_class_with_its_own_loop(mlp: tuple[Mlp, Denoiser, LaplacePosterior]) -> None:
@@ -160,7 +164,10 @@ def test_a_class_with_its_own_loop(mlp: tuple[Mlp, Denoiser, LaplacePosterior]) 
                 before = self.alphas[i - 1] if i else torch.ones_like(a)
                 eps = self.model(x, torch.full((len(x),), i / 12))
                 start = ((x - (1 - a).sqrt() * eps) / a.sqrt()).clamp_(-3, 3)
-                mean = before.sqrt() * (1 - a / before) / (1 - a) * start + (a / before).sqrt() * (1 - before) / (1 - a) * x
+                mean = (
+                    before.sqrt() * (1 - a / before) / (1 - a) * start
+                    + (a / before).sqrt() * (1 - before) / (1 - a) * x
+                )
                 x = mean + ((1 - before) / (1 - a) * (1 - a / before)).sqrt() * torch.randn_like(x) if i else mean
             return x
 
@@ -240,7 +247,8 @@ def test_a_sampler_with_noise_of_its_own_is_refused(mlp: tuple[Mlp, Denoiser, La
 
     def loop(x: Tensor) -> Tensor:
         for s, t in itertools.pairwise(SIGMAS):
-            x = x + (t - s) * (x - denoiser(x, s.expand(4))) / s + 0.1 * torch.randn(x.shape, generator=next(hidden), dtype=x.dtype)
+            own = torch.randn(x.shape, generator=next(hidden), dtype=x.dtype)
+            x = x + (t - s) * (x - denoiser(x, s.expand(4))) / s + 0.1 * own
         return x
 
     for propagation in ("tangents", bd.Ensemble(members=2)):
@@ -294,7 +302,14 @@ def test_width_zero_gives_zero(mlp: tuple[Mlp, Denoiser, LaplacePosterior]) -> N
     none = posterior.recut(prior_precision=1e30)
     for propagation in (bd.Tangents(draws=4), bd.Ensemble(members=3)):
         out = bd.propagate(
-            sampling().sample_dpmpp_sde, net, none, denoiser, 10 * noise(4, 10), SIGMAS, disable=True, propagation=propagation
+            sampling().sample_dpmpp_sde,
+            net,
+            none,
+            denoiser,
+            10 * noise(4, 10),
+            SIGMAS,
+            disable=True,
+            propagation=propagation,
         )
         assert float(out.std.max()) < 1e-9
 
