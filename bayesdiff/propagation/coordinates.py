@@ -2,8 +2,9 @@ r"""The network's own coordinates: where each call is on the trajectory, and whi
 
 Whatever convention a sampler has, a network sees :math:`x_{in} = \alpha x_0 + \sigma\varepsilon`, with α and σ by its own
 timestep; so its output gives the denoiser :math:`D = a\,x_{in} + b\,f` (:mod:`bayesdiff.diffusion.parametrization`), whose
-Jacobian changes more slowly along a trajectory than the output's. The timestep is found among the arguments by what it
-does: it is a number, and it falls or rises from call to call.
+Jacobian changes more slowly along a trajectory than the output's. What is interpolated is that of :math:`\sqrt\alpha\,D`: what a
+network does wrong is divided by α in D, so at much noise D of an under-trained one changes by powers of ten from call to call.
+The timestep is found among the arguments by what it does: it is a number, and it falls or rises from call to call.
 """
 
 from __future__ import annotations
@@ -17,6 +18,11 @@ import torch
 from bayesdiff.checks import UnsupportedSchedulerError
 from bayesdiff.diffusion.parametrization import alpha_sigma, clean_coefficients, is_flow, prediction_type
 from bayesdiff.tracing.network import Call
+
+#: α is taken to be no less than this.
+LEAST_ALPHA = 1e-4
+#: α, a and b of the raw output.
+UNKNOWN = (1.0, 0.0, 1.0)
 
 
 def levels(calls: Sequence[Call]) -> list[float] | None:
@@ -70,14 +76,24 @@ class Coordinates:
 
     def __call__(self, n: int) -> tuple[float, float]:
         """(a, b) of call n; (0, 1), the raw output, where they are not known."""
-        if self.scheduler is None or self.levels is None:
-            return 0.0, 1.0
-        try:
-            return self._known(self.levels[n])
-        except (UnsupportedSchedulerError, AttributeError):  # a schedule of another kind
-            return 0.0, 1.0
+        return self._known(n)[1:]
 
-    def _known(self, level: float) -> tuple[float, float]:
+    def interpolated(self, n: int) -> tuple[float, float]:
+        """√α (a, b) of call n: of what is interpolated."""
+        alpha, a, b = self._known(n)
+        scale = max(alpha, LEAST_ALPHA) ** 0.5
+        return scale * a, scale * b
+
+    def _known(self, n: int) -> tuple[float, float, float]:
+        """α, a and b."""
+        if self.scheduler is None or self.levels is None:
+            return UNKNOWN
+        try:
+            return self._at(self.levels[n])
+        except (UnsupportedSchedulerError, AttributeError):  # a schedule of another kind
+            return UNKNOWN
+
+    def _at(self, level: float) -> tuple[float, float, float]:
         assert self.levels is not None
         prediction = prediction_type(self.scheduler)
         sigma_data = getattr(self.scheduler.config, "sigma_data", None)
@@ -90,15 +106,15 @@ class Coordinates:
             # A network may be told t, t/1000 or 1 − t/1000, and may return the velocity in either direction.
             sigma = 1 - share if self.levels[-1] > self.levels[0] else share
             a, b = clean_coefficients("flow", 1 - sigma, sigma)
-            return a, self._sign * b
+            return 1 - sigma, a, self._sign * b
         alpha, sigma = (float(v) for v in alpha_sigma(self.scheduler, torch.tensor(share * steps)))
         if alpha < 1e-6 and prediction == "epsilon":
-            return 0.0, 1.0
-        return clean_coefficients(prediction, alpha, sigma)
+            return UNKNOWN
+        return alpha, *clean_coefficients(prediction, alpha, sigma)
 
 
-def _preconditioned(scheduler: Any, sigma_data: float, prediction: str, level: float) -> tuple[float, float]:
-    r"""(a, b) behind the preconditioning of Karras et al. (2022), Table 1, whose network is told log σ/4.
+def _preconditioned(scheduler: Any, sigma_data: float, prediction: str, level: float) -> tuple[float, float, float]:
+    r"""α, a and b behind the preconditioning of Karras et al. (2022), Table 1, whose network is told log σ/4.
 
     :math:`x_0 = c_{skip}x + c_{out}f` with :math:`x = x_{in}/c_{in}`.
     """
@@ -107,6 +123,6 @@ def _preconditioned(scheduler: Any, sigma_data: float, prediction: str, level: f
     sigma = float(sigmas[sigmas > 0][(told - level).abs().argmin()])
     sign = {"epsilon": 1.0, "v_prediction": -1.0}.get(prediction)
     if sign is None:
-        return 0.0, 1.0
+        return UNKNOWN
     c = (sigma**2 + sigma_data**2) ** -0.5
-    return sigma_data**2 * c, sign * sigma_data * sigma * c
+    return c, sigma_data**2 * c, sign * sigma_data * sigma * c

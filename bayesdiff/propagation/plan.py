@@ -18,8 +18,9 @@ import numpy as np
 DENSITY = 1.5
 #: By default there is a measurement in every so many calls at least, and in solvers of several stages in every so many.
 WIDEST, WIDEST_OF_STAGES = 5, 2
-#: R in √B where the sampler adds noise: such a trajectory is rough, and so is the response along it.
-SHARE_WITH_NOISE = 1.6
+#: R in √B: of a solver of one stage; where the sampler adds noise, such a trajectory is rough, and so is the response along it; of
+#: several stages.
+SHARE, SHARE_WITH_NOISE, SHARE_OF_STAGES = 1.3, 1.6, 1.0
 
 
 @dataclass(frozen=True)
@@ -81,10 +82,10 @@ def ranks(levels: Sequence[float] | None, number: int) -> tuple[float, ...]:
 
 
 def spread(places: Sequence[int], number: int, density: float) -> list[int]:
-    """Some of the places, the last among them: n ∝ 1 − (1 − u)^density for even u."""
+    """Some of the places, the last among them: n ∝ 1 − (1 − u)^density for even u; with fewer than four, not the first."""
     if number >= len(places):
         return list(places)
-    u = np.linspace(0, 1, number) if number > 1 else np.ones(1)
+    u = np.linspace(0 if number > 3 else 1 / number, 1, number)
     return [places[int(n)] for n in np.unique(((len(places) - 1) * (1 - (1 - u) ** density)).round())]
 
 
@@ -115,10 +116,10 @@ def plan(
 ) -> Plan:  # fmt: skip
     r"""At which calls to measure the response, and along how many directions.
 
-    A budget of B = ``extra_calls`` × N is spent evenly, R ≈ p ≈ √B; where the sampler adds noise and p = 3 is left, R ≈
-    1.6 √B. But R is no less than a fifth of the calls, or half of them in solvers of several stages; no less than four,
-    which a cubic needs, where p = 3 can be had; and all of them where they are five or fewer. R is one more where that
-    wastes less of B.
+    A budget of B = ``extra_calls`` × N is spent at R ≈ 1.3 √B calls, or 1.6 √B where the sampler adds noise, if p = 3 is left, else at
+    √B, as in solvers of several stages. But R is no less than a fifth of the calls, or half of them in solvers of several
+    stages; no less than four, which a cubic needs, where p = 3 can be had; and all of them where they are five or fewer. R is
+    one more where that wastes less of B.
 
     Args:
         places: u of the N calls.
@@ -145,10 +146,11 @@ def plan(
     elif last <= 5 and budget >= 3 * last:
         number = last
     else:
-        widest = WIDEST_OF_STAGES if stages > 1 or repeated else WIDEST
+        several = stages > 1 or repeated
+        share = SHARE_OF_STAGES if several else SHARE_WITH_NOISE if noisy else SHARE
+        widest = WIDEST_OF_STAGES if several else WIDEST
         number = max(round(budget**0.5), math.ceil(last / widest), 4 if budget >= 12 else 1)
-        if noisy:
-            number = max(number, min(round(SHARE_WITH_NOISE * budget**0.5), int(budget / 3)))
+        number = max(number, min(round(share * budget**0.5), int(budget / 3)))
         number = max(number, number + 1, key=lambda r: r * int(budget / r))
     nodes = spread(able, min(number, last), DENSITY)
     return Plan(tuple(nodes), num_directions or max(1, int(budget / len(nodes))), tuple(places))

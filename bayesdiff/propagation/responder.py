@@ -11,6 +11,7 @@ Each branch has its own response within the directions, and the combination's ou
 
 from __future__ import annotations
 
+import bisect
 from dataclasses import dataclass
 
 import torch
@@ -68,7 +69,7 @@ class Measured:
         chosen: V ``(B, p, P)`` and the length of the deviations.
         images: The combination's JV as a denoiser's, ``(B, p, P)``; None where input and output do not match.
         apart: What the rows' own outputs have beyond it, ``(R, p, Q)``; None where that is nothing.
-        strengths: How much of the deviations lies along each direction, ``(B, p)``.
+        strengths: How much of the deviations lies along each direction, along a probe all that the others leave, ``(B, p)``.
         branches: Of the call.
         coefficients: (a, b) of the call.
     """
@@ -79,6 +80,41 @@ class Measured:
     strengths: Tensor
     branches: Branches
     coefficients: tuple[float, float]
+
+    @property
+    def unit_images(self) -> Tensor:
+        """JV."""
+        assert self.images is not None
+        return self.images / self.chosen.safe.unsqueeze(1).to(self.images)
+
+
+@dataclass(frozen=True)
+class Errors:
+    """Relative errors of the responses, by node, ``(B,)`` each.
+
+    Args:
+        places: Of the nodes, ascending.
+        between: Of a node's response, predicted from the others.
+        outside: Of what is extended to outside its directions.
+    """
+
+    places: tuple[float, ...]
+    between: dict[int, Tensor]
+    outside: dict[int, Tensor]
+
+    def __call__(self, n: int, place: float) -> Tensor:
+        """At call n: at a node that of the extension, in between more, halfway that of predicting a node."""
+        if n in self.outside:
+            return self.outside[n]
+        nodes = list(self.outside)
+        last = min(max(bisect.bisect_right(self.places, place), 1), len(nodes) - 1)
+        first = last - 1
+        width = self.places[last] - self.places[first]
+        share = min(max((place - self.places[first]) / width, 0.0), 1.0) if width else 0.0
+        # The other stage of a solver, at a node's place, has a response of its own.
+        far = 4 * share * (1 - share) if place not in self.places else 1.0
+        at = [(1 - share) * e[nodes[first]] + share * e[nodes[last]] for e in (self.between, self.outside)]
+        return (at[0].square() * far**2 + at[1].square()).sqrt()
 
 
 class Responder:
@@ -145,34 +181,47 @@ class Responder:
             for n, response in zip(nodes, smoothed(pairs), strict=True):
                 self._responses[n][g] = response.to(self.dtype)
 
-    def residual(self) -> Tensor | None:
-        """How far each measurement is from what the others predict of it, relative, ``(B,)``; None with fewer than two.
+    def errors(self) -> Errors | None:
+        """How wrong the responses are for the deviations, as far as measurements can tell; None with fewer than two.
 
-        Along its directions, weighted by how much of the deviations lies there.
+        Each is predicted from the others, along every direction as much as lies there, along the last as much as the others leave.
+        Nothing is interpolated beyond the first and last nodes, so with three or more these are not predicted, and have their
+        neighbours' errors.
         """
         nodes = sorted(self._responses)
         if len(nodes) < 2:
             return None
-        above = below = torch.zeros(len(self.measured[nodes[0]].strengths), dtype=torch.float64)
-        for n in nodes:
-            others = [m for m in nodes if m != n]
-            m = self.measured[n]
-            assert m.images is not None
-            weighted = m.chosen.directions * m.strengths.to(m.chosen.directions).unsqueeze(2)
-            weights = self.plan.cubic(n, others)
-            found = torch.cat(
-                [
-                    Response.weighted(
-                        [(w, self._responses[o][g]) for o, w in weights.items()], weighted[group].to(self.dtype)
-                    )
-                    for g, group in enumerate(self.groups(len(weighted)))
-                ]
-            )
-            size = m.chosen.safe.unsqueeze(1).to(found)
-            wanted = m.images * m.strengths.to(found).unsqueeze(2) / size
-            above = above + (found - wanted).double().square().sum((1, 2)).cpu()
-            below = below + wanted.double().square().sum((1, 2)).cpu()
-        return (above / below).sqrt()
+        inner = nodes[1:-1] or nodes
+        between = {n: self._between(n, [m for m in nodes if m != n]) for n in inner}
+        between = {n: between[min(max(n, inner[0]), inner[-1])] for n in nodes}
+        return Errors(tuple(self.plan.places[n] for n in nodes), between, {n: self._outside(n) for n in nodes})
+
+    def _between(self, n: int, others: list[int]) -> Tensor:
+        """Of what the others predict of the measurement at n, relative, ``(B,)``."""
+        m = self.measured[n]
+        assert m.images is not None
+        strengths = m.strengths.to(m.images).unsqueeze(2)
+        weighted = m.chosen.directions * strengths
+        weights = self.plan.cubic(n, others)
+        found = torch.cat([
+            Response.weighted([(w, self._responses[o][g]) for o, w in weights.items()], weighted[group])
+            for g, group in enumerate(self.groups(len(weighted)))
+        ])  # fmt: skip
+        return _ratio(found - m.unit_images * strengths, m.unit_images * strengths)
+
+    def _outside(self, n: int) -> Tensor:
+        """Of what the other directions at n predict of the last, in all of the measurement, ``(B,)``."""
+        m = self.measured[n]
+        assert m.images is not None
+        if not m.chosen.probe:
+            return torch.zeros(len(m.images), dtype=torch.float64)
+        v, image, strengths = m.chosen.directions[:, -1:], m.unit_images[:, -1:], m.strengths.to(m.images).unsqueeze(2)
+        others = Directions(m.chosen.directions[:, :-1].double(), m.chosen.length, probe=False)
+        error = image - (image @ v.mT) @ v
+        if others.directions.shape[1]:
+            extension = Response.fit(others, m.images[:, :-1].double()).extension.to(v)
+            error = error - (v @ extension.mT) @ extension
+        return _ratio(error * strengths[:, -1:], m.unit_images * strengths)
 
     def weights(self, n: int) -> dict[int, float]:
         """Of the measurements, at call n."""
@@ -235,3 +284,8 @@ def combine(responders: list[Responder]) -> None:
 
 def _part(chosen: Directions, group: slice) -> Directions:
     return Directions(chosen.directions[group].double(), chosen.length[group], chosen.probe)
+
+
+def _ratio(above: Tensor, below: Tensor) -> Tensor:
+    size = below.square().sum((1, 2)).double().cpu()
+    return (above.square().sum((1, 2)).double().cpu() / torch.where(size > 0, size, 1.0)).sqrt()

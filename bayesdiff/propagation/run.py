@@ -27,7 +27,7 @@ from bayesdiff.propagation.recursion import Recursion
 from bayesdiff.propagation.returned import returned
 from bayesdiff.propagation.settings import BayesDiff, Ensemble, Settings, Tangents
 from bayesdiff.propagation.steps import Direct, DrawnVariance, branches, step_variance
-from bayesdiff.propagation.tangents import TangentRun
+from bayesdiff.propagation.tangents import TangentRun, warn
 from bayesdiff.tracing.network import Session, modules_of
 from bayesdiff.tracing.rerun import Rerun
 from bayesdiff.tracing.step import OnStep, Probe, Spy, Step, call_step, previous_sample
@@ -161,10 +161,11 @@ class UncertainRun:
                 "extra_calls"
             )
         steps = [Gaussian(x, v / len(self.deviations)) for x, v in zip(samples, along, strict=True)]
-        selfcheck = run.selfcheck.run(self.again())
+        selfcheck, residual = run.selfcheck.run(self.again()), run.residual()
+        warn(residual, settings)
         return UncertaintyOutput(
             output, variance.float(), **self._counts(), **predicted, latents=steps[-1] if steps else None,
-            residual=run.residual(), selfcheck=selfcheck, trajectory=steps if settings.trajectory and steps else None,
+            residual=residual, selfcheck=selfcheck, trajectory=steps if settings.trajectory and steps else None,
             factors=torch.cat(factors) if factors else None,
         )  # fmt: skip
 

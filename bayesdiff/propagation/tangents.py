@@ -20,6 +20,8 @@ The function is run several times; but for measurements, only the first run call
 
 from __future__ import annotations
 
+import bisect
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -27,7 +29,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from bayesdiff.checks import UnsupportedPipelineError
+from bayesdiff.checks import BayesdiffWarning, UnsupportedPipelineError
 from bayesdiff.propagation.coordinates import Coordinates, branch_order
 from bayesdiff.propagation.entered import Entered, Match, floating
 from bayesdiff.propagation.plan import plan, ranks
@@ -44,6 +46,10 @@ from bayesdiff.tracing.rerun import tensors
 CHOOSING = 128
 #: Draws are carried together as long as their tangents of one sample take no more bytes than this.
 TOGETHER = 2**24
+#: Of a residual that is warned of.
+LARGE = 0.5
+#: No size that is divided by is less.
+TINY = 1e-30
 
 
 class TangentRun:
@@ -104,9 +110,9 @@ class TangentRun:
         return self.session.replay(self._network, self._component, function)
 
     def residual(self) -> Tensor | None:
-        """The relative error of what other measurements predict, of the worst of a sample's branches, ``(B,)``."""
+        """What the errors of the responses make of the map, relative, of the worst of a sample's branches, ``(B,)``."""
         network = id(self.session.network)
-        found = [m.responder.residual() for (box, _), m in self._modules.items() if box == network]
+        found = [m.residual() for (box, _), m in self._modules.items() if box == network]
         known = [f for f in found if f is not None]
         return torch.stack(known).amax(0) if known else None
 
@@ -130,6 +136,9 @@ class TangentRun:
         if entered:
             response = self._respond(box, n, entered, self.branches.get(n))
             total = [r if t is None else r.add_(t) for t, r in zip(total, response, strict=True)]
+            if self._second and self._draws.start == 0:
+                module, place = self._module(box, n)
+                module.follow(place, entered, self.branches.get(n), total)
         if self._beside:
             raise UnsupportedPipelineError(
                 f"expected what {', '.join(self._beside)} makes of the sample to enter the network at once, got a network "
@@ -152,8 +161,11 @@ class TangentRun:
             self._beside.clear()
         found = module.responder.apart(place, samples, branches)
         if match is not None:
-            a, b = module.coordinates(place)
-            common = module.responder.denoised(place, samples).add_(samples, alpha=-a).div_(b)
+            a, b = module.coordinates.interpolated(place)
+            denoised = module.responder.denoised(place, samples)
+            if self._second and self._draws.start == 0:
+                module.sizes[place] = _norm(denoised) / abs(b)
+            common = denoised.add_(samples, alpha=-a).div_(b)
             total = match.written(branches.spread(common), entered.size)
             found = total if found is None else found + total
         if found is None:  # nothing is known yet, and nothing in common
@@ -175,11 +187,14 @@ class TangentRun:
         images = entered.derivatives(
             shifts, branches.spread(chosen.safe), self.settings.directions_per_call, central=self.exact
         )
-        strengths = (samples @ directions.to(samples).mT).double().square().mean(1).sqrt()
+        strengths = (samples @ directions.to(samples).mT).double().square().mean(1)
+        if chosen.probe:
+            strengths[:, -1] = (chosen.length[:, 0].square() - strengths[:, :-1].sum(1)).clamp(min=0)
+        strengths = strengths.sqrt()
         kept = Directions(directions.to(self.dtype), chosen.length, chosen.probe)
         if match is None:
             return Measured(kept, None, images.to(self.dtype), strengths, branches, (0.0, 1.0))
-        a, b = module.coordinates(n)
+        a, b = module.coordinates.interpolated(n)
         common = branches.combine(match.read(images))
         # As the fit takes them: the response to deviations of their typical length.
         denoised = (a * directions + b * common) * chosen.safe.unsqueeze(1)
@@ -260,7 +275,65 @@ class _Module:
     def __init__(self, coordinates: Coordinates, responder: Responder) -> None:
         self.coordinates, self.responder = coordinates, responder
         self.match: tuple[Match | None] | None = None  # once it was looked for
+        self.sizes: dict[int, Tensor] = {}  # in the second pass, of Jδx as part of δf
+        self._reach: dict[int, Tensor] = {}  # what an error of size 1 in δf makes of the next δx, relative
+        self._last: tuple[int, Tensor, Tensor] | None = None  # δx and δf of the last call
 
     def due(self, n: int) -> bool:
         """Whether to measure at call n."""
         return n in self.responder.plan.nodes
+
+    def follow(self, n: int, entered: Entered, known: Branches | None, total: list[Tensor]) -> None:
+        """In the second pass: how much of δf_n the next δx is made of, δx' ≈ c δx + d δf by least squares."""
+        match = self.match[0] if self.match else None
+        if match is None:
+            return
+        rows = match.taken(entered.rows)
+        branches = _confirmed(known, rows)
+        x, f = branches.first(rows), branches.combine(match.read(entered.returned.pack(total, lead=1)))
+        if self._last is not None and self._last[1].shape == x.shape:
+            before, *old = self._last
+            gram = torch.stack([torch.stack([_inner(u, v) for v in old], 1) for u in old], 1)
+            right = torch.stack([_inner(u, x) for u in old], 1).unsqueeze(2)
+            self._reach[before] = torch.linalg.lstsq(gram, right).solution[:, 1, 0].abs() / _norm(x).clamp(min=TINY)
+        self._last = (n, x.clone(), f)
+
+    def residual(self) -> Tensor | None:
+        """The relative error of the map, as if what an error makes of δx were carried on as δx is, ``(B,)``.
+
+        Between two nodes errors add up, those of different gaps are independent.
+        """
+        errors = self.responder.errors()
+        if errors is None or self._last is None:
+            return None
+        last, x, f = self._last
+        a, b = self.coordinates.interpolated(last)
+        self._reach[last] = abs(b) / _norm(a * x + b * f).clamp(min=TINY)
+        places, nodes = self.responder.plan.places, sorted(errors.outside)
+        gaps: dict[int, Tensor] = {}
+        for n, size in self.sizes.items():
+            if n in self._reach and self._reach[n].shape == size.shape:
+                gap = bisect.bisect_right(nodes, n)
+                gaps[gap] = gaps.get(gap, torch.zeros_like(size)) + errors(n, places[n]) * size * self._reach[n]
+        return torch.stack(list(gaps.values())).square().sum(0).sqrt() if gaps else None
+
+
+def _inner(u: Tensor, v: Tensor) -> Tensor:
+    """Of each sample, ``(B,)`` float64."""
+    return torch.einsum("bkp,bkp->bk", u, v).double().sum(1).cpu()
+
+
+def _norm(u: Tensor) -> Tensor:
+    """Of each sample, root mean square over draws, ``(B,)`` float64."""
+    return (_inner(u, u) / u.shape[1]).sqrt()
+
+
+def warn(residual: Tensor | None, settings: Tangents) -> None:
+    """Say so where the network's response was not known well enough."""
+    if residual is None or not float(residual.max()) > LARGE:
+        return
+    warnings.warn(
+        f"the network's response is not well known: expected a residual of at most {LARGE:g}, got {float(residual.max()):.2g} "
+        f"({int((residual > LARGE).sum())} of {len(residual)} samples); the map may be far off, use more extra_calls than "
+        f"{settings.extra_calls:g}, or propagation=\"ensemble\"", BayesdiffWarning, stacklevel=5,
+    )  # fmt: skip
