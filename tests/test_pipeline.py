@@ -21,7 +21,6 @@ from bayesdiff.checks import (
     NonFiniteError,
     NotRepeatableError,
     ShapeError,
-    UnsupportedPipelineError,
     UnsupportedSchedulerError,
 )
 from tests import cases
@@ -330,7 +329,7 @@ def test_draws_of_tangents_are_orthogonal_and_an_ensembles_are_not():
 @pytest.mark.parametrize("way", WAYS)
 def test_nothing_more_is_returned_unasked(way):
     pipe, posterior, _ = make()
-    out = bd.UncertaintyPipeline(pipe, posterior, propagation=WAYS[way]())(generator=seeds(4), num_inference_steps=3)
+    out = bd.UncertaintyPipeline(pipe, posterior, propagation=WAYS[way]())(generator=seeds(4), num_inference_steps=6)
     assert out.trajectory is None
     assert out.factors is None
     assert (out.residual is None) == (way != "tangents")
@@ -428,8 +427,8 @@ def test_a_derivative_that_is_not_followed_is_seen():
     pipe.bend = lambda g: 8 * g / g.norm()
     assert relative_error(pipe, posterior) < 1e-4
     pipe.bend = lambda g: 8 * g / float(g.norm())
-    with pytest.raises(UnsupportedPipelineError, match=r"__float__ at test_pipeline.py"):
-        relative_error(pipe, posterior)
+    with pytest.warns(BayesdiffWarning, match=r"values left PyTorch: __float__ at test_pipeline.py"):
+        assert relative_error(pipe, posterior) > 0.05
 
 
 @pytest.mark.parametrize("rescale", [0.3, 1.0])

@@ -1,8 +1,8 @@
 """Where along a run to measure the network's response, along how many directions, and what lies in between.
 
-A run calls its network N times, at noise levels that its timesteps name. The place of a call on the trajectory is the rank u of its
-level: a solver of two stages comes to one level twice, once by prediction and once corrected, and both have one place. Responses
-are interpolated over u.
+A run calls its network N times, at noise levels that its timesteps name. The place of a call on the trajectory is the rank u of
+its level: a solver of two stages comes to one level twice, once by prediction and once corrected, and both have one place.
+Responses are interpolated over u.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ WIDEST, WIDEST_OF_STAGES = 5, 2
 #: R in √B: of a solver of one stage; where the sampler adds noise, such a trajectory is rough, and so is the response along it; of
 #: several stages.
 SHARE, SHARE_WITH_NOISE, SHARE_OF_STAGES = 1.3, 1.6, 1.0
+#: No more evaluations than this are planned: what is left to gain is less than the noise of the draws.
+MOST = 1024
 
 
 @dataclass(frozen=True)
@@ -92,8 +94,8 @@ def spread(places: Sequence[int], number: int, density: float) -> list[int]:
 def candidates(places: Sequence[float], stages: int = 1) -> list[int]:
     """Calls that may be measured, their u ascending; not the first, which has no tangents.
 
-    Of calls at one level the first, which a two-stage solver predicts (with those that it corrects maps are a third too dark). Where
-    levels do not tell stages apart, one call in so many, and the last.
+    Of calls at one level the first, which a two-stage solver predicts (with those that it corrects maps are a third too dark).
+    Where levels do not tell stages apart, one call in so many, and the last.
     """
     first: dict[float, int] = {}
     for n, u in enumerate(places):
@@ -116,7 +118,7 @@ def plan(
 ) -> Plan:  # fmt: skip
     r"""At which calls to measure the response, and along how many directions.
 
-    A budget of B = ``extra_calls`` × N is spent at R ≈ 1.3 √B calls, or 1.6 √B where the sampler adds noise, if p = 3 is left, else at
+    A budget of B = ``extra_calls`` × N, 1,024 at most, is spent at R ≈ 1.3 √B calls, or 1.6 √B where the sampler adds noise, if p = 3 is left, else at
     √B, as in solvers of several stages. But R is no less than a fifth of the calls, or half of them in solvers of several
     stages; no less than four, which a cubic needs, where p = 3 can be had; and all of them where they are five or fewer. R is
     one more where that wastes less of B.
@@ -139,7 +141,7 @@ def plan(
     last = len(able)
     if last < 1:
         return Plan((), num_directions or 1, tuple(places))
-    budget = extra_calls * number_of_calls
+    budget = min(extra_calls * number_of_calls, MOST)
     repeated = len(set(places)) < number_of_calls
     if refresh is not None:
         number = math.ceil((number_of_calls - 1) / refresh)

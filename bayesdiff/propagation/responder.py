@@ -1,7 +1,7 @@
 """The responses of one network along one run: measured at the planned calls, interpolated at the others.
 
-Rows of a network call that are branches of one sample (classifier-free guidance) share its tangents, so one evaluation of the whole
-batch measures all of them. What is extended outside the measured directions is the response of their *combination* with the
+Rows of a network call that are branches of one sample (classifier-free guidance) share its tangents, so one evaluation of the
+whole batch measures all of them. What is extended outside the measured directions is the response of their *combination* with the
 guidance weights w, so that its errors are not multiplied by them:
 
     J_m δ = J δ + (J_m − J)V c,    J = Σ_m w_m J_m,    c = Vᵀδ
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from bayesdiff.propagation.plan import Plan
 from bayesdiff.propagation.response import Directions, Response, smoothed
+from bayesdiff.propagation.span import Span
 
 
 @dataclass(frozen=True)
@@ -81,12 +82,6 @@ class Measured:
     branches: Branches
     coefficients: tuple[float, float]
 
-    @property
-    def unit_images(self) -> Tensor:
-        """JV."""
-        assert self.images is not None
-        return self.images / self.chosen.safe.unsqueeze(1).to(self.images)
-
 
 @dataclass(frozen=True)
 class Errors:
@@ -133,6 +128,9 @@ class Responder:
         self._responses: dict[int, list[Response]] = {}
         self._known: list[Tensor | None] = []
         self._second = False
+        self._spans: list[Span] = []
+        self._coordinates = torch.empty(0)
+        self._rows: dict[int, tuple[slice, slice]] = {}
 
     def groups(self, batch: int) -> list[slice]:
         """The samples that are worked on together: all, or each by itself."""
@@ -141,7 +139,7 @@ class Responder:
     def choose(self, deltas: Tensor, mixture: Tensor) -> Directions:
         """Directions for δ ``(B, K, P)``, and the weights of the last, ``(K,)``."""
         number = self.plan.num_directions
-        parts = [Directions.choose(deltas[g].double(), number, mixture) for g in self.groups(len(deltas))]
+        parts = [Directions.choose(deltas[g], number, mixture) for g in self.groups(len(deltas))]
         return Directions(
             torch.cat([p.directions for p in parts]), torch.cat([p.length for p in parts]), parts[0].probe
         )
@@ -164,29 +162,65 @@ class Responder:
         ]
         self._known = [r.extension for r in fitted]
         self._responses[n] = [r.to(self.dtype) for r in fitted]
+        if measured.chosen.probe:  # fitted again when all are known; until then the last two are used
+            for older in list(self._responses)[:-2]:
+                del self._responses[older]
 
     def finish(self) -> None:
         """All measurements are made: extend each by what the others know; from now on interpolate."""
         self._second = True
-        nodes = list(self._responses)
-        if not self.shared or len(nodes) < 2 or not any(self.measured[n].chosen.probe for n in nodes):
+        nodes = [n for n, m in self.measured.items() if m.images is not None]
+        if not nodes or not any(self.measured[n].chosen.probe for n in nodes):
             return
-        for g, group in enumerate(self.groups(len(self.measured[nodes[0]].chosen.directions))):
-            images = [self.measured[n].images for n in nodes]
+        batch, _, size = self.measured[nodes[0]].chosen.directions.shape
+        number = sum(self.measured[n].chosen.directions.shape[1] for n in nodes)
+        if 2 * number < size:
+            self._project(nodes, batch, 2 * number, size)
+        self._responses = {n: [] for n in nodes}
+        for group in self.groups(batch):
+            points = [self._points(n) for n in nodes]
             pairs = [
-                (_part(self.measured[n].chosen, group), i[group].double())
-                for n, i in zip(nodes, images, strict=True)
-                if i is not None
-            ]
-            for n, response in zip(nodes, smoothed(pairs), strict=True):
-                self._responses[n][g] = response.to(self.dtype)
+                (Directions(v[group].double(), self.measured[n].chosen.length[group], self.measured[n].chosen.probe), y[group].double())
+                for n, (v, y) in zip(nodes, points, strict=True)
+            ]  # fmt: skip
+            found = smoothed(pairs) if self.shared and len(nodes) > 1 else [Response.fit(*pair) for pair in pairs]
+            for n, response in zip(nodes, found, strict=True):
+                self._responses[n].append(response.to(self.dtype))
+
+    def _project(self, nodes: list[int], batch: int, number: int, size: int) -> None:
+        """From now on all algebra is done in coordinates of what was measured; the vectors themselves move into one tensor."""
+        first = self.measured[nodes[0]].chosen.directions
+        rows, place = first.new_empty(batch, number, size), 0
+        for n in nodes:
+            m = self.measured[n]
+            assert m.images is not None
+            p = m.images.shape[1]
+            rows[:, place : place + p], rows[:, place + p : place + 2 * p] = m.chosen.directions, m.images
+            m.chosen = Directions(rows[:, place : place + p], m.chosen.length, m.chosen.probe)
+            m.images = rows[:, place + p : place + 2 * p]
+            self._rows[n] = slice(place, place + p), slice(place + p, place + 2 * p)
+            place += 2 * p
+        self._spans = [Span.of(rows[g]) for g in self.groups(batch)]
+        width = max(s.coordinates.shape[2] for s in self._spans)
+        self._coordinates = torch.cat(
+            [torch.nn.functional.pad(s.coordinates, (0, width - s.coordinates.shape[2])) for s in self._spans]
+        )
+
+    def _points(self, n: int) -> tuple[Tensor, Tensor]:
+        """V and JV of a measurement: coordinates, or the vectors themselves."""
+        m = self.measured[n]
+        assert m.images is not None
+        if n not in self._rows:
+            return m.chosen.directions, m.images
+        directions, images = self._rows[n]
+        return self._coordinates[:, directions], self._coordinates[:, images]
 
     def errors(self) -> Errors | None:
         """How wrong the responses are for the deviations, as far as measurements can tell; None with fewer than two.
 
-        Each is predicted from the others, along every direction as much as lies there, along the last as much as the others leave.
-        Nothing is interpolated beyond the first and last nodes, so with three or more these are not predicted, and have their
-        neighbours' errors.
+        Each is predicted from the others: along every direction as much as lies there, along the last as much as the others
+        leave. Nothing is interpolated beyond the first and last nodes, so with three or more these are not predicted, and have
+        their neighbours' errors.
         """
         nodes = sorted(self._responses)
         if len(nodes) < 2:
@@ -201,13 +235,14 @@ class Responder:
         m = self.measured[n]
         assert m.images is not None
         strengths = m.strengths.to(m.images).unsqueeze(2)
-        weighted = m.chosen.directions * strengths
+        directions, images = (v.to(self.dtype) for v in self._points(n))
+        weighted, wanted = directions * strengths, images / m.chosen.safe.unsqueeze(1).to(images) * strengths
         weights = self.plan.cubic(n, others)
         found = torch.cat([
             Response.weighted([(w, self._responses[o][g]) for o, w in weights.items()], weighted[group])
             for g, group in enumerate(self.groups(len(weighted)))
         ])  # fmt: skip
-        return _ratio(found - m.unit_images * strengths, m.unit_images * strengths)
+        return _ratio(found - wanted, wanted)
 
     def _outside(self, n: int) -> Tensor:
         """Of what the other directions at n predict of the last, in all of the measurement, ``(B,)``."""
@@ -215,13 +250,15 @@ class Responder:
         assert m.images is not None
         if not m.chosen.probe:
             return torch.zeros(len(m.images), dtype=torch.float64)
-        v, image, strengths = m.chosen.directions[:, -1:], m.unit_images[:, -1:], m.strengths.to(m.images).unsqueeze(2)
-        others = Directions(m.chosen.directions[:, :-1].double(), m.chosen.length, probe=False)
+        directions, images = (v.double() for v in self._points(n))
+        strengths, unit = m.strengths.to(images).unsqueeze(2), images / m.chosen.safe.unsqueeze(1)
+        v, image = directions[:, -1:], unit[:, -1:]
+        others = Directions(directions[:, :-1], m.chosen.length, probe=False)
         error = image - (image @ v.mT) @ v
         if others.directions.shape[1]:
-            extension = Response.fit(others, m.images[:, :-1].double()).extension.to(v)
+            extension = Response.fit(others, images[:, :-1], None).extension
             error = error - (v @ extension.mT) @ extension
-        return _ratio(error * strengths[:, -1:], m.unit_images * strengths)
+        return _ratio(error * strengths[:, -1:], unit * strengths)
 
     def weights(self, n: int) -> dict[int, float]:
         """Of the measurements, at call n."""
@@ -237,7 +274,15 @@ class Responder:
         parts = []
         for g, group in enumerate(self.groups(len(deltas))):
             pairs = [(w, self._responses[m][g]) for m, w in self.weights(n).items()]
-            parts.append(Response.weighted(pairs, deltas[group]))
+            if not self._spans:
+                parts.append(Response.weighted(pairs, deltas[group]))
+                continue
+            span = self._spans[g]
+            inside = span.into(deltas[group])
+            pad = self._coordinates.shape[2] - inside.shape[2]
+            gain = sum(w * r.gain for w, r in pairs)
+            response = Response.weighted(pairs, torch.nn.functional.pad(inside, (0, pad)))[..., : inside.shape[2]]
+            parts.append(span.out_of(response - gain * inside, gain * deltas[group]))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def apart(self, n: int, deltas: Tensor, branches: Branches) -> Tensor | None:

@@ -38,6 +38,8 @@ ROUNDING = 1e-9
 REGULARIZATION = 0.05
 #: Weights of B from the measurements before and after one.
 BEFORE, AFTER = 0.7, 0.3
+#: Numbers of a row that are multiplied at once in float64.
+CHUNK = 2**14
 #: The symmetric part is kept with so many rows for each direction; more change nothing.
 ROWS_PER_DIRECTION = 2
 #: Of the rows behind :func:`reduced`, the share of mixtures.
@@ -137,14 +139,16 @@ class Directions:
 
     @classmethod
     def choose(cls, deltas: Tensor, num_directions: int, mixture: Tensor) -> Directions:
-        """From ``(B, K, P)`` float64 deviations and the weights of the mixture, ``(K,)``."""
+        """From ``(B, K, P)`` deviations and the weights of the mixture, ``(K,)``."""
         number = min(num_directions, *deltas.shape[1:])
         probe = number < min(deltas.shape[1:])
-        directions = _principal(deltas, number - probe)
+        products = gram(deltas)
+        directions = _principal(deltas, products, number - probe)
         if probe:
-            rest = (mixture.to(deltas) @ (deltas - (deltas @ directions.mT) @ directions)).unsqueeze(1)
+            mixed = (mixture.to(deltas.device, deltas.dtype) @ deltas).double().unsqueeze(1)
+            rest = mixed - (mixed @ directions.mT) @ directions
             directions = _orthonormal(torch.cat([directions, rest], dim=1))
-        length = deltas.square().sum((1, 2)).div(deltas.shape[1]).sqrt().unsqueeze(1)
+        length = products.diagonal(dim1=1, dim2=2).mean(1, keepdim=True).sqrt()
         return cls(directions, length, probe)
 
     @property
@@ -210,14 +214,24 @@ def _leading(rows: Tensor, number: int) -> Tensor:
     return torch.linalg.eigh(rows @ rows.mT).eigenvectors[:, :, -kept:].mT @ rows
 
 
-def _principal(deltas: Tensor, number: int) -> Tensor:
-    """The leading right singular vectors of ``(B, K, P)``: ``(B, number, P)``, by way of the smaller Gram matrix."""
+def gram(rows: Tensor) -> Tensor:
+    """Inner products of ``(B, m, P)``: ``(B, m, m)``, summed in float64 a chunk of P at a time."""
+    total = rows.new_zeros(len(rows), rows.shape[1], rows.shape[1], dtype=torch.float64)
+    for some in rows.split(CHUNK, dim=2):
+        part = some.double()
+        total.baddbmm_(part, part.mT)
+    return total
+
+
+def _principal(deltas: Tensor, products: Tensor, number: int) -> Tensor:
+    """The leading right singular vectors of ``(B, K, P)``, ``(B, number, P)`` float64, by way of the smaller Gram matrix."""
     if number == 0:
-        return deltas[:, :0]
-    wide = deltas.shape[1] <= deltas.shape[2]
-    gram = deltas @ deltas.mT if wide else deltas.mT @ deltas
-    vectors = torch.linalg.eigh(gram).eigenvectors[:, :, -number:].flip(2).mT
-    return _orthonormal(vectors @ deltas) if wide else vectors
+        return deltas[:, :0].double()
+    if deltas.shape[1] > deltas.shape[2]:
+        d = deltas.double()
+        return torch.linalg.eigh(d.mT @ d).eigenvectors[:, :, -number:].flip(2).mT
+    vectors = torch.linalg.eigh(products).eigenvectors[:, :, -number:].flip(2).mT
+    return _orthonormal((vectors.to(deltas) @ deltas).double())
 
 
 def _orthonormal(rows: Tensor) -> Tensor:

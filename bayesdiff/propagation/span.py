@@ -13,8 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-#: Numbers of a row that are multiplied at once in float64.
-CHUNK = 2**14
+from bayesdiff.propagation.response import gram
 
 
 @dataclass(frozen=True)
@@ -34,11 +33,7 @@ class Span:
     @classmethod
     def of(cls, rows: Tensor) -> Span:
         """The span of ``(B, m, P)``. Of dimensions that one sample has less, others have zeros."""
-        gram = rows.new_zeros(len(rows), rows.shape[1], rows.shape[1], dtype=torch.float64)
-        for some in rows.split(CHUNK, dim=2):
-            part = some.double()
-            gram.baddbmm_(part, part.mT)
-        values, vectors = torch.linalg.eigh(gram)
+        values, vectors = torch.linalg.eigh(gram(rows))
         kept = values > torch.finfo(rows.dtype).eps * values[:, -1:].clamp(min=0)  # less is rounding
         size = torch.where(kept, values, 1.0).sqrt()
         vectors = vectors * kept.unsqueeze(1)

@@ -262,11 +262,35 @@ class TangentRun:
 
 
 def _confirmed(known: Branches | None, rows: Tensor) -> Branches:
-    """The branches of a call, if their tangents are really the same; else each row is a sample."""
-    if known is None or known.rows.numel() != len(rows):
+    """Which rows of a call are branches of one sample: those that are known, if their tangents are really the same.
+
+    Rows whose tangents are the same as those of a sample belong to it, too, with the weight 0; where nothing is known, with
+    equal weights. So a run has the same samples in all its calls, guided or not.
+    """
+    members: list[list[int]] = [] if known is None else known.rows.tolist()
+    if any(not _same(rows, first, m) for first, *others in members for m in others):
         return Branches.alone(len(rows))
-    same = all(torch.equal(rows[m], rows[first]) for first, *others in known.rows.tolist() for m in others)
-    return known if same else Branches.alone(len(rows))
+    given = {m for some in members for m in some}
+    for r in (r for r in range(len(rows)) if r not in given):
+        found = next((some for some in members if _same(rows, some[0], r)), None)
+        if found is None:
+            members.append([r])
+        else:
+            found.append(r)
+    if len({len(some) for some in members}) != 1 or (known is not None and len(members) != len(known.rows)):
+        return Branches.alone(len(rows))
+    if known is not None and known.rows.shape[1] == len(members[0]):
+        return known
+    weights = torch.full((len(members), len(members[0])), 1.0 / len(members[0]), dtype=torch.float64)
+    if known is not None:
+        weights = torch.nn.functional.pad(known.weights, (0, len(members[0]) - known.weights.shape[1]))
+    share = torch.ones(len(members), dtype=torch.float64) if known is None else known.share
+    return Branches(torch.tensor(members), weights, share)
+
+
+def _same(rows: Tensor, one: int, other: int) -> bool:
+    """Whether two rows have the same tangents; the first draw's are looked at first."""
+    return torch.equal(rows[one, 0], rows[other, 0]) and torch.equal(rows[one], rows[other])
 
 
 class _Module:
@@ -330,10 +354,10 @@ def _norm(u: Tensor) -> Tensor:
 
 def warn(residual: Tensor | None, settings: Tangents) -> None:
     """Say so where the network's response was not known well enough."""
-    if residual is None or not float(residual.max()) > LARGE:
+    if residual is None or bool((residual <= LARGE).all()):
         return
     warnings.warn(
         f"the network's response is not well known: expected a residual of at most {LARGE:g}, got {float(residual.max()):.2g} "
-        f"({int((residual > LARGE).sum())} of {len(residual)} samples); the map may be far off, use more extra_calls than "
+        f"({int((~(residual <= LARGE)).sum())} of {len(residual)} samples); the map may be far off, use more extra_calls than "
         f"{settings.extra_calls:g}, or propagation=\"ensemble\"", BayesdiffWarning, stacklevel=5,
     )  # fmt: skip

@@ -47,7 +47,10 @@ class Spy:
 
         @functools.wraps(original)  # pipelines look at the signature to see what step takes
         def step(*args: Any, **kwargs: Any) -> Any:
-            return on_step(original, dict(signature.bind(*args, **kwargs).arguments))
+            given = dict(signature.bind(*args, **kwargs).arguments)
+            if "model_output" not in given:  # a step that takes *args and **kwargs
+                given = {**dict(zip(("model_output", "timestep", "sample"), args, strict=False)), **kwargs}
+            return on_step(original, given)
 
         self.__dict__.update(_scheduler=scheduler, step=step)
 
@@ -214,5 +217,7 @@ def rows_of(output: Any) -> tuple[int, list[Tensor]]:
 def call_step(original: Callable[..., Any], given: dict[str, Any]) -> Any:
     """The scheduler's own step, with the arguments as they were bound."""
     signature = inspect.signature(original)
-    bound = inspect.BoundArguments(signature, given)
+    if not given.keys() <= signature.parameters.keys():
+        return original(**given)
+    bound = inspect.BoundArguments(signature, given)  # type: ignore[arg-type]
     return original(*bound.args, **bound.kwargs)

@@ -12,8 +12,9 @@ import torch
 import bayesdiff as bd
 from bayesdiff.propagation import responder
 from bayesdiff.propagation.plan import plan
+from bayesdiff.propagation.responder import Branches
 from bayesdiff.propagation.response import Response, smoothed
-from bayesdiff.propagation.tangents import TangentRun
+from bayesdiff.propagation.tangents import TangentRun, _confirmed
 from tests import cases
 
 STEPS = 12
@@ -191,6 +192,21 @@ def test_what_is_extended_is_the_combination_of_branches():
     with mock.patch("bayesdiff.propagation.run.branches", lambda steps: {}):
         alone = agreement(std(refresh=1, num_directions=4), exact)[0]
     assert found > alone
+
+
+def test_rows_with_the_same_tangents_are_branches_of_one_sample():
+    x, y = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0)).double().unbind(0)
+    guided = torch.stack([x, y, x, y])
+    known = Branches(torch.tensor([[0, 2], [1, 3]]), torch.tensor([[-2.0, 3.0]] * 2).double(), torch.ones(2).double())
+    assert _confirmed(known, guided) is known
+    # Where the weights are not known they are equal; a weight that is 0 is not read off, but its row is there.
+    unknown = _confirmed(None, guided)
+    assert (unknown.rows.tolist(), unknown.weights.tolist()) == ([[0, 2], [1, 3]], [[0.5, 0.5]] * 2)
+    half = Branches(torch.tensor([[2], [3]]), torch.ones(2, 1).double(), torch.ones(2).double())
+    zero = _confirmed(half, guided)
+    assert (zero.rows.tolist(), zero.weights.tolist()) == ([[2, 0], [3, 1]], [[1, 0]] * 2)
+    for rows, wrong in ((torch.stack([x, y]), None), (torch.stack([x, y, x, x + y]), known), (torch.stack([x, x, y]), None)):
+        assert _confirmed(wrong, rows).rows.tolist() == [[r] for r in range(len(rows))]
 
 
 def test_no_measurement_before_there_are_deviations(small):

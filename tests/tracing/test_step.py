@@ -74,6 +74,23 @@ def test_a_copy_of_a_spy_is_a_scheduler_whose_steps_are_not_seen(how):
     assert not seen
 
 
+def test_a_step_that_takes_anything():
+    class Passing(DDIMScheduler):
+        def step(self, *args, **kwargs):
+            return super().step(*args, **kwargs)
+
+    scheduler = Passing()
+    spy, seen = spied(scheduler)
+    spy.set_timesteps(4)
+    x, t = noise(1, 1, 2, 2), scheduler.timesteps[1]
+    expected = DDIMScheduler.step(scheduler, 0.5 * x, t, x, eta=0.0).prev_sample
+    assert torch.equal(spy.step(0.5 * x, t, x, eta=0.0).prev_sample, expected)
+    assert torch.equal(spy.step(model_output=0.5 * x, timestep=t, sample=x).prev_sample, expected)
+    assert [given.keys() for given in seen] == [
+        {"model_output", "timestep", "sample", "eta"}, {"model_output", "timestep", "sample"}
+    ]
+
+
 def test_previous_sample():
     scheduler = DDIMScheduler()
     scheduler.set_timesteps(2)
