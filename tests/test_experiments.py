@@ -23,6 +23,10 @@ from experiments.refresh_check import __main__ as refresh_check
 from tests import cases
 
 
+#: Settings are too small for good maps.
+pytestmark = pytest.mark.filterwarnings("ignore:the network's response is not well known")
+
+
 def test_agreement():
     reference = torch.rand(3, 4, generator=torch.Generator().manual_seed(0)) + 0.1
     same = agreement(2 * reference, reference)

@@ -18,9 +18,9 @@ import numpy as np
 DENSITY = 1.5
 #: By default there is a measurement in every so many calls at least, and in solvers of several stages in every so many.
 WIDEST, WIDEST_OF_STAGES = 5, 2
-#: R in √B: of a solver of one stage; where the sampler adds noise, such a trajectory is rough, and so is the response along it; of
-#: several stages.
-SHARE, SHARE_WITH_NOISE, SHARE_OF_STAGES = 1.3, 1.6, 1.0
+#: R in √B, as long as so many directions are left: by default, and where the sampler adds noise (such a trajectory is rough,
+#: and so is the response along it).
+SHARE, SHARE_WITH_NOISE = (1.3, 5), (1.6, 3)
 #: No more evaluations than this are planned: what is left to gain is less than the noise of the draws.
 MOST = 1024
 
@@ -118,10 +118,10 @@ def plan(
 ) -> Plan:  # fmt: skip
     r"""At which calls to measure the response, and along how many directions.
 
-    A budget of B = ``extra_calls`` × N, 1,024 at most, is spent at R ≈ 1.3 √B calls, or 1.6 √B where the sampler adds noise, if p = 3 is left, else at
-    √B, as in solvers of several stages. But R is no less than a fifth of the calls, or half of them in solvers of several
-    stages; no less than four, which a cubic needs, where p = 3 can be had; and all of them where they are five or fewer. R is
-    one more where that wastes less of B.
+    A budget of B = ``extra_calls`` × N, 1,024 at most, is spent at R ≈ 1.3 √B calls as long as p = 5 is left, or 1.6 √B and p = 3
+    where the sampler adds noise, else at √B, as in solvers of several stages. But R is no less than a fifth of the calls, or
+    half of them in solvers of several stages; no less than four, which a cubic needs, where p = 3 can be had; and all of them
+    where they are five or fewer. R is one more where that wastes less of B.
 
     Args:
         places: u of the N calls.
@@ -149,10 +149,10 @@ def plan(
         number = last
     else:
         several = stages > 1 or repeated
-        share = SHARE_OF_STAGES if several else SHARE_WITH_NOISE if noisy else SHARE
+        share, least = (1.0, 1) if several else SHARE_WITH_NOISE if noisy else SHARE
         widest = WIDEST_OF_STAGES if several else WIDEST
         number = max(round(budget**0.5), math.ceil(last / widest), 4 if budget >= 12 else 1)
-        number = max(number, min(round(share * budget**0.5), int(budget / 3)))
+        number = max(number, min(round(share * budget**0.5), int(budget / least)))
         number = max(number, number + 1, key=lambda r: r * int(budget / r))
     nodes = spread(able, min(number, last), DENSITY)
     return Plan(tuple(nodes), num_directions or max(1, int(budget / len(nodes))), tuple(places))

@@ -39,6 +39,7 @@ from bayesdiff.propagation.selfcheck import SelfCheck
 from bayesdiff.propagation.settings import Tangents
 from bayesdiff.propagation.steps import Direct
 from bayesdiff.rng import item_generator
+from bayesdiff.tracing.memory import give_back
 from bayesdiff.tracing.network import Box, Session
 from bayesdiff.tracing.rerun import tensors
 
@@ -257,6 +258,7 @@ class TangentRun:
         for f, tangents in zip(floating(output), total, strict=True):
             if tangents is not None:
                 self.session.trace.attach(f, tangents)
+                give_back(tangents.numel() * tangents.element_size())
         if self._second and self._draws.start == 0:
             self.selfcheck.remember(box, n, args, kwargs, list(total))
 
@@ -268,7 +270,7 @@ def _confirmed(known: Branches | None, rows: Tensor) -> Branches:
     equal weights. So a run has the same samples in all its calls, guided or not.
     """
     members: list[list[int]] = [] if known is None else known.rows.tolist()
-    if any(not _same(rows, first, m) for first, *others in members for m in others):
+    if any(not torch.equal(rows[first], rows[m]) for first, *others in members for m in others):
         return Branches.alone(len(rows))
     given = {m for some in members for m in some}
     for r in (r for r in range(len(rows)) if r not in given):
@@ -289,8 +291,8 @@ def _confirmed(known: Branches | None, rows: Tensor) -> Branches:
 
 
 def _same(rows: Tensor, one: int, other: int) -> bool:
-    """Whether two rows have the same tangents; the first draw's are looked at first."""
-    return torch.equal(rows[one, 0], rows[other, 0]) and torch.equal(rows[one], rows[other])
+    """Whether two rows have the same tangents, and some; the first draw's are looked at first."""
+    return torch.equal(rows[one, 0], rows[other, 0]) and torch.equal(rows[one], rows[other]) and bool(rows[one].any())
 
 
 class _Module:

@@ -262,7 +262,7 @@ class Session:
             if box.calls:
                 self.noisy |= not same_state(self._states, before)
             rows = number_of_rows(args, kwargs) if self.by_row else 1
-            with torch.no_grad(), reading(self.head, rows) as read:
+            with torch.no_grad(), reading(self.head, rows, checked=not box.calls) as read:
                 output = box.original(*args, **kwargs)
             self.evaluations += 1
             if self._whole is not None and rows > 1:

@@ -79,7 +79,8 @@ def test_the_last_direction_is_predicted_from_those_beside_it(measured):
                     predicted = predicted + row * (row @ v) / torch.maximum(value, row.square().sum() / largest)
             image = j @ v
             wrong = (image - (image @ v) * v - predicted).norm() * m.strengths[b, -1]
-            whole = math.sqrt(sum(float((j @ d).square().sum() * s**2) for d, s in zip(m.chosen.directions[b], m.strengths[b], strict=True)))
+            each = zip(m.chosen.directions[b], m.strengths[b], strict=True)
+            whole = math.sqrt(sum(float((j @ d).square().sum() * s**2) for d, s in each))
             assert float(errors.outside[n][b]) == pytest.approx(float(wrong) / whole, rel=1e-6)
 
 
@@ -140,7 +141,8 @@ def test_an_error_is_weighed_by_what_the_step_makes_of_it(measured):
         module.follow(n, _Whole(x), None, [f])
         c, d = steps[n]
         after = c * x + d * f
-        weight = abs(d) / after.square().sum(2).mean(1).sqrt() if n < 11 else 2.0 / (0.5 * x + 2 * f).square().sum(2).mean(1).sqrt()
+        part, whole = (abs(d), after) if n < 11 else (2.0, 0.5 * x + 2 * f)  # behind the last call, the denoised sample
+        weight = part / whole.square().sum(2).mean(1).sqrt()
         gap = max(m for m in NODES if m <= n)
         gaps[gap] = gaps.get(gap, 0) + errors(n, float(n)) * module.sizes[n] * weight
         x = after

@@ -1,0 +1,1 @@
+"""How many weight draws do tangents need, and which?"""
