@@ -132,7 +132,9 @@ def test_tangents_are_the_derivative_of_the_trajectory(name):
 def test_ensemble_agrees_with_tangents():
     pipe, posterior, _ = make(scale=1e4)
     maps = [
-        bd.UncertaintyPipeline(pipe, posterior, propagation=p)(batch_size=1, generator=seeds(4), num_inference_steps=4).std
+        bd.UncertaintyPipeline(pipe, posterior, propagation=p)(
+            batch_size=1, generator=seeds(4), num_inference_steps=4
+        ).std
         for p in (bd.Tangents(draws=40, refresh=1, num_directions=40), bd.Ensemble(members=200))
     ]
     # 40 draws: √(2/40)/2 = 11 % in a standard deviation, shared by all pixels that one direction moves.
@@ -185,9 +187,7 @@ def test_a_sample_alone_and_in_a_batch_of_eight(name, way):
 
 @noisy
 @pytest.mark.parametrize("sequential", [False, True])
-@pytest.mark.parametrize(
-    ("way", "rescale"), [*((way, 0.0) for way in WAYS), ("tangents", 0.7), ("ensemble", 0.7)]
-)
+@pytest.mark.parametrize(("way", "rescale"), [*((way, 0.0) for way in WAYS), ("tangents", 0.7), ("ensemble", 0.7)])
 def test_a_guided_sample_alone_and_in_a_batch_of_eight(way, rescale, sequential):
     pipe, posterior = guided()
     pipe.rescale = rescale
@@ -228,7 +228,8 @@ def test_calls_of_batch_invariant_maps():
 def left(pipe):
     """What might be left on a pipe, its scheduler and its network."""
     hooks = [h for m in pipe.unet.modules() for h in (*m._forward_hooks, *m._forward_pre_hooks)]
-    return hooks, [sorted(vars(part)) for part in (pipe, pipe.scheduler, pipe.unet, pipe.unet.conv_out)], dict(pipe.scheduler.config)
+    parts = (pipe, pipe.scheduler, pipe.unet, pipe.unet.conv_out)
+    return hooks, [sorted(vars(part)) for part in parts], dict(pipe.scheduler.config)
 
 
 @noisy
@@ -491,7 +492,7 @@ def test_bad_input():
         bd.UncertaintyPipeline(lambda: None, posterior)
     with pytest.raises(ArgumentError, match="expected a function, got int"):
         bd.propagate(3, pipe.unet, posterior)
-    with pytest.raises(ArgumentError, match="expected the network as a torch.nn.Module, got DDIMPipeline"):
+    with pytest.raises(ArgumentError, match=r"expected the network as a torch\.nn\.Module, got DDIMPipeline"):
         bd.propagate(pipe, pipe, posterior)
     with pytest.raises(HeadMismatchError, match="another network"):
         bd.propagate(pipe, other.unet, posterior)
@@ -605,7 +606,9 @@ def test_a_loaded_posterior_gives_the_same_map(tmp_path):
     posterior.save(tmp_path)
     loaded = bd.LaplacePosterior.load(tmp_path)
     maps = [
-        bd.UncertaintyPipeline(pipe, p, propagation=bd.Tangents(draws=2))(generator=seeds(0), num_inference_steps=3).variance
+        bd.UncertaintyPipeline(pipe, p, propagation=bd.Tangents(draws=2))(
+            generator=seeds(0), num_inference_steps=3
+        ).variance
         for p in (posterior, loaded)
     ]
     assert torch.equal(*maps)
@@ -626,7 +629,9 @@ def test_a_pipeline_and_a_function_that_is_the_same_have_one_map():
         **{**kwargs, "generator": seeds(1, 2)},
     )  # fmt: skip
     exact = bd.UncertaintyPipeline(pipe, posterior, propagation=bd.Tangents(draws=4, refresh=1, num_directions=4))
-    torch.testing.assert_close(own.variance, exact(**{**kwargs, "generator": seeds(1, 2)}).variance, rtol=1e-3, atol=1e-9)
+    torch.testing.assert_close(
+        own.variance, exact(**{**kwargs, "generator": seeds(1, 2)}).variance, rtol=1e-3, atol=1e-9
+    )
     assert (own.steps, own.latents) == ([], None)
 
 

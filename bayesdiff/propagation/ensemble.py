@@ -111,7 +111,7 @@ class EnsembleRun:
 
     @contextmanager
     def _weights(self, m: int) -> Iterator[None]:
-        """The head with δW of member m; if they are redrawn, that of the sample that it is given: branches of guidance share it."""
+        """The head with δW of member m; redrawn, that of the sample that it is given, which branches of guidance share."""
         if not self.settings.redraw:
             with self.session.head.shifted(self.deviations[m]):
                 yield

@@ -219,5 +219,5 @@ def call_step(original: Callable[..., Any], given: dict[str, Any]) -> Any:
     signature = inspect.signature(original)
     if not given.keys() <= signature.parameters.keys():
         return original(**given)
-    bound = inspect.BoundArguments(signature, given)  # type: ignore[arg-type]
+    bound = inspect.BoundArguments(signature, given)
     return original(*bound.args, **bound.kwargs)

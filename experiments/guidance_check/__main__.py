@@ -20,7 +20,7 @@ import bayesdiff
 from bayesdiff.propagation.run import UncertainRun
 from bayesdiff.propagation.settings import Tangents
 from bayesdiff.propagation.steps import row_features, step_variance
-from experiments.common import agreement, command, record, results_folder, table
+from experiments.common import agreement, command, fitted, record, results_folder, table
 
 SCALES = (1.5, 3.0, 7.5, 15.0)
 
@@ -35,9 +35,7 @@ def main(
     """Compare three variances of one guided step."""
     folder = results_folder("guidance_check", out)
     pipe, data = bayesdiff.zoo.load("fashion-ddpm")
-    posterior = bayesdiff.fit(
-        pipe, data, dataset_size=data.dataset_size, generator=torch.Generator().manual_seed(seed), progress=False
-    )
+    posterior = fitted(seed)
     head = posterior.check(pipe)
     weights = posterior.deviations(draws, torch.Generator().manual_seed(seed + 1)).float()
     rows: list[dict[str, Any]] = []
@@ -58,9 +56,9 @@ def main(
             for b, sources in enumerate(step.sources):
                 found = [(s.weight, row_features(network_calls[s.call], s.row)) for s in sources]
                 branches = [(w, f[0]) for w, f in found if f is not None]
-                psi = sum((w * phi for w, phi in branches), torch.zeros_like(branches[0][1]))
                 for some in weights.split(200):
-                    brute[b] += posterior.geometry.apply(psi, some).square().sum(0)[0] / len(weights)
+                    parts = [w * posterior.geometry.apply(phi, some) for w, phi in branches]
+                    brute[b] += torch.stack(parts).sum(0).square().sum(0)[0] / len(weights)
                 independent[b] = sum(w**2 * posterior.variance(phi)[0] for w, phi in branches)
             rows.append(
                 {

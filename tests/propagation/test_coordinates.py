@@ -72,7 +72,9 @@ def test_branches_that_are_called_apart():
 
 WITH_X0 = {
     f"{name}-{prediction}": (name, {"prediction_type": prediction})
-    for name in ("DDIMScheduler", "DDPMScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "LMSDiscreteScheduler")
+    for name in (
+        "DDIMScheduler", "DDPMScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "LMSDiscreteScheduler",
+    )
     for prediction in ("epsilon", "v_prediction")
 } | {"DDIMScheduler-sample": ("DDIMScheduler", {"prediction_type": "sample"})}  # fmt: skip
 
@@ -96,7 +98,9 @@ def test_any_output_is_that_of_the_schedulers_own_x0(name):
         torch.testing.assert_close(a * x_in + b * f, expected.double(), rtol=2e-3, atol=2e-3)
 
 
-@pytest.mark.parametrize("cls", ["DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "UniPCMultistepScheduler"])
+@pytest.mark.parametrize(
+    "cls", ["DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "UniPCMultistepScheduler"]
+)
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
 def test_multistep_solvers_convert_outputs_so_too(cls, prediction):
     scheduler = getattr(diffusers, cls)(prediction_type=prediction)

@@ -173,9 +173,7 @@ class Forgetful(diffusers.DDIMPipeline):
 
 def test_a_run_with_certain_weights_must_be_the_first_run():
     pipe, posterior = make()
-    up = bd.UncertaintyPipeline(
-        Forgetful(pipe.unet, pipe.scheduler), posterior, propagation=bd.Ensemble(members=2)
-    )
+    up = bd.UncertaintyPipeline(Forgetful(pipe.unet, pipe.scheduler), posterior, propagation=bd.Ensemble(members=2))
     with pytest.raises(NotRepeatableError, match="a member with δW = 0"):
         up(generator=torch.Generator().manual_seed(0), num_inference_steps=2)
 

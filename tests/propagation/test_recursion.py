@@ -279,7 +279,9 @@ def test_a_result_that_is_not_the_last_sample_is_refused():
     with pytest.raises(UnsupportedPipelineError, match=r"returns its last sample, scaled.*output_type=\"latent\""):
         up([0], num_inference_steps=2, generator=cases.seeds(0), output_type="latent")
     with pytest.raises(UnsupportedPipelineError, match="a pipeline with a scheduler for the recursion"):
-        bd.propagate(lambda x: pipe.unet(x, 5).sample, pipe.unet, posterior, torch.zeros(1, 1, 8, 8), propagation="bayesdiff")
+        bd.propagate(
+            lambda x: pipe.unet(x, 5).sample, pipe.unet, posterior, torch.zeros(1, 1, 8, 8), propagation="bayesdiff"
+        )
 
 
 def test_pixels_have_a_quarter_of_the_samples_variance():

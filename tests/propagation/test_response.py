@@ -201,7 +201,10 @@ def test_several_responses_at_once():
 
 def test_fewer_rows_have_the_same_sum_of_squares():
     """Of any linear map of them: exactly within the principal rows, on average in the mixtures."""
-    deltas, jacobian = draws(40)[:1] @ matrices()[:1], torch.randn(P, P, generator=torch.Generator().manual_seed(8)).double()
+    deltas, jacobian = (
+        draws(40)[:1] @ matrices()[:1],
+        torch.randn(P, P, generator=torch.Generator().manual_seed(8)).double(),
+    )
     generator = torch.Generator().manual_seed(0)
     truth = (deltas @ jacobian).square().sum(1)
     found = torch.stack([(reduced(deltas, 12, generator) @ jacobian).square().sum(1) for _ in range(400)])
@@ -211,4 +214,6 @@ def test_fewer_rows_have_the_same_sum_of_squares():
     assert float((found.std(0) / truth).mean()) < 0.1
     # Where the rest is nothing, nothing is left to chance.
     low = draws(40)[:1] @ matrices(rank=5)[:1]
-    torch.testing.assert_close((reduced(low, 12, generator) @ jacobian).square().sum(1), (low @ jacobian).square().sum(1))
+    torch.testing.assert_close(
+        (reduced(low, 12, generator) @ jacobian).square().sum(1), (low @ jacobian).square().sum(1)
+    )

@@ -106,7 +106,8 @@ def test_what_does_not_depend_on_the_network_is_an_error():
         float(value.sum())
         lost = torch.from_numpy(value.numpy() * 2)
     for output in (lost, x(), [x()], "text", None, pictures(array(x())), SimpleNamespace(a=1)):
-        with pytest.raises(UnsupportedPipelineError, match=r"depends on the network's output.*numpy at test_returned.py:\d+ in test_"):
+        told = r"depends on the network's output.*numpy at test_returned.py:\d+ in test_"
+        with pytest.raises(UnsupportedPipelineError, match=told):
             returned(output, trace)
     with pytest.raises(UnsupportedPipelineError, match="values left PyTorch: none"):
         returned(x(), DualNumbers())

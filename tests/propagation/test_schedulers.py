@@ -436,7 +436,9 @@ def test_samplers_of_no_library(name):
         run, network, posterior, x, propagation=bd.Tangents(draws=2, refresh=1, num_directions=2, factors=True)
     )
     head = find_head(network, "conv_out")
-    for factor, delta in zip(out.factors, posterior.deviations(2, bd.rng.item_generator(0, 1), orthogonal=True), strict=True):
+    for factor, delta in zip(
+        out.factors, posterior.deviations(2, bd.rng.item_generator(0, 1), orthogonal=True), strict=True
+    ):
         ends = []
         h = 1e-7 / float(delta.abs().max())
         for sign in (1, -1):
@@ -458,17 +460,24 @@ def test_what_leaves_pytorch_and_comes_back_is_told(share, told):
         return bd.propagate(affine_run(network, then), network, layer_posterior(network), normal(2, *SHAPE))
 
     if told == "warned":
-        with pytest.warns(BayesdiffWarning, match=r"relative difference of 0\.\d.*numpy at test_schedulers.py:\d+ in then"):
+        with pytest.warns(
+            BayesdiffWarning, match=r"relative difference of 0\.\d.*numpy at test_schedulers.py:\d+ in then"
+        ):
             assert run_it().selfcheck > 0.15
     else:
-        with pytest.raises(UnsupportedPipelineError, match=r"relative difference of .*numpy at test_schedulers.py:\d+ in then"):
+        with pytest.raises(
+            UnsupportedPipelineError, match=r"relative difference of .*numpy at test_schedulers.py:\d+ in then"
+        ):
             run_it()
 
 
 def test_a_learned_variance_scales_the_noise():
     """The noise of such a step depends on the output: as it was drawn, it has a derivative."""
     network = Layer(2, 4)
-    posterior, scheduler = layer_posterior(network), diffusers.DDPMScheduler(variance_type="learned_range", clip_sample=False)
+    posterior, scheduler = (
+        layer_posterior(network),
+        diffusers.DDPMScheduler(variance_type="learned_range", clip_sample=False),
+    )
     scheduler.set_timesteps(30)
 
     def run(x):

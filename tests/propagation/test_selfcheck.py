@@ -83,9 +83,12 @@ def test_what_is_lost_is_measured(network, posterior):
 
 
 def test_a_doubtful_difference_is_warned_of_and_a_wrong_one_refused(network, posterior):
-    with pytest.warns(BayesdiffWarning, match=r"difference of 0\.\d+ .*\(values left PyTorch: numpy at test_selfcheck.py:\d+ in then\)"):
+    told = r"difference of 0\.\d+ .*\(values left PyTorch: numpy at test_selfcheck.py:\d+ in then\)"
+    with pytest.warns(BayesdiffWarning, match=told):
         propagated(network, posterior, lost(0.3))
-    with pytest.raises(UnsupportedPipelineError, match=r'numpy at test_selfcheck.py:\d+ in then.*propagation="ensemble"'):
+    with pytest.raises(
+        UnsupportedPipelineError, match=r'numpy at test_selfcheck.py:\d+ in then.*propagation="ensemble"'
+    ):
         propagated(network, posterior, lost(0.9))
 
 

@@ -118,7 +118,9 @@ def test_a_difference_of_branches_is_left_to_the_draws(made):
     rows = run.drawn()
     brute = (rows[:, 1] - rows[:, 0]).var(0)
     assert run.closed() is None
-    found = DrawnVariance(run.session, Direct(run.session, posterior.geometry, posterior.deviations(DRAWS, torch.Generator())))
+    found = DrawnVariance(
+        run.session, Direct(run.session, posterior.geometry, posterior.deviations(DRAWS, torch.Generator()))
+    )
     run.replay(found)
     assert float((found.variances[0] / brute - 1).abs().max()) < 2**0.5 * MC_TOLERANCE
 

@@ -87,7 +87,9 @@ def small():
 
 def on_small(small, **kwargs):
     pipe, posterior = small
-    up = bd.UncertaintyPipeline(pipe, posterior, propagation=bd.Tangents(draws=6, refresh=4, num_directions=2, **kwargs))
+    up = bd.UncertaintyPipeline(
+        pipe, posterior, propagation=bd.Tangents(draws=6, refresh=4, num_directions=2, **kwargs)
+    )
     return up([0, 2], generator=cases.seeds(4, 5), num_inference_steps=20, output_type="latent")
 
 
@@ -192,7 +194,11 @@ def test_rows_with_the_same_tangents_are_branches_of_one_sample():
     assert (zero.rows.tolist(), zero.weights.tolist()) == ([[2, 0], [3, 1]], [[1, 0]] * 2)
     # Deviations that are nothing are not those of one sample.
     assert _confirmed(None, 0 * guided).rows.tolist() == [[0], [1], [2], [3]]
-    for rows, wrong in ((torch.stack([x, y]), None), (torch.stack([x, y, x, x + y]), known), (torch.stack([x, x, y]), None)):
+    for rows, wrong in (
+        (torch.stack([x, y]), None),
+        (torch.stack([x, y, x, x + y]), known),
+        (torch.stack([x, x, y]), None),
+    ):
         assert _confirmed(wrong, rows).rows.tolist() == [[r] for r in range(len(rows))]
 
 

@@ -146,7 +146,8 @@ def test_runs_that_differ_are_errors():
         s.replay(nothing)
     s = session(sampler(network, draw=from_a_source_of_its_own), network)
     s.record()
-    with pytest.raises(NotRepeatableError, match=r"call 1 of the network to have the inputs of the first run.*noise sampler with a seed"):
+    told = r"call 1 of the network to have the inputs of the first run.*noise sampler with a seed"
+    with pytest.raises(NotRepeatableError, match=told):
         s.replay(nothing)
     s.replay(nothing, checked=False)  # where inputs are moved on purpose
     with pytest.raises(UnsupportedPipelineError, match="to call Network, got no call"):
@@ -182,7 +183,11 @@ def test_networks_that_overflow_are_errors():
 
 def test_noise_between_calls_is_noticed():
     network, generator = Network(), torch.Generator()
-    for draw, noisy in ((None, False), (torch.randn_like, True), (lambda x: torch.randn(x.shape, generator=generator), True)):
+    for draw, noisy in (
+        (None, False),
+        (torch.randn_like, True),
+        (lambda x: torch.randn(x.shape, generator=generator), True),
+    ):
         s = session(sampler(network, draw=draw), network)
         s.record()
         assert s.noisy == noisy

@@ -137,10 +137,10 @@ def test_an_error_of_the_first_run_leaves_generators_where_it_came():
 
     def function(g):
         torch.randn(3, generator=g)
-        raise OSError
+        raise OSError("lost")
 
     run = Rerun(function, (generator,), {})
-    with pytest.raises(OSError):
+    with pytest.raises(OSError, match="lost"):
         run()
     torch.randn(5, generator=generator)
     run.settle()

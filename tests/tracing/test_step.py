@@ -87,7 +87,8 @@ def test_a_step_that_takes_anything():
     assert torch.equal(spy.step(0.5 * x, t, x, eta=0.0).prev_sample, expected)
     assert torch.equal(spy.step(model_output=0.5 * x, timestep=t, sample=x).prev_sample, expected)
     assert [given.keys() for given in seen] == [
-        {"model_output", "timestep", "sample", "eta"}, {"model_output", "timestep", "sample"}
+        {"model_output", "timestep", "sample", "eta"},
+        {"model_output", "timestep", "sample"},
     ]
 
 
@@ -147,9 +148,7 @@ def test_classifier_free_guidance(pipe, s):
     for n, step in enumerate(steps):
         assert step.exact
         assert step.calls == (n,)
-        assert weights(step) == [
-            [part for part in ((0, b, 1 - s), (0, 2 + b, s)) if part[2]] for b in (0, 1)
-        ]
+        assert weights(step) == [[part for part in ((0, b, 1 - s), (0, 2 + b, s)) if part[2]] for b in (0, 1)]
         torch.testing.assert_close(combined(session, step), step.output, rtol=0, atol=2e-5)
         assert step.places.tolist() == list(range(64))
 
@@ -174,7 +173,12 @@ def test_guidance_in_some_steps_only(pipe):
     assert weights(steps[0]) == [[(0, 0, 1.0)], [(0, 1, 1.0)]]
 
 
-FOLLOWED = {"negated": lambda g: -g, "scaled": lambda g: 1.02 * g, "cast": lambda g: g.double().float(), "in-place": lambda g: g.mul_(2)}
+FOLLOWED = {
+    "negated": lambda g: -g,
+    "scaled": lambda g: 1.02 * g,
+    "cast": lambda g: g.double().float(),
+    "in-place": lambda g: g.mul_(2),
+}
 
 
 @pytest.mark.parametrize("name", FOLLOWED)

@@ -26,7 +26,11 @@ def noise(*shape, seed=1, dtype=torch.float32):
 
 def after(then):
     """A layer of two channels, and what is done with its output h and with x."""
-    return lambda: Net(lambda n, x: then(n.last(n.first(x).tanh()), x), first=nn.Conv2d(2, 3, 1), last=nn.Conv2d(3, 2, 3, padding=1))
+
+    def run(n, x):
+        return then(n.last(n.first(x).tanh()), x)
+
+    return lambda: Net(run, first=nn.Conv2d(2, 3, 1), last=nn.Conv2d(3, 2, 3, padding=1))
 
 
 #: Networks, and the shape of a sample.
@@ -78,7 +82,9 @@ def test_the_tail_takes_other_weights_to_the_output(name):
     assert float(shift.abs().max()) > 0.1
 
 
-@pytest.mark.parametrize("name", [n for n in FOLLOWED if "one-sequence" not in n and "in-turn" not in n and "by-row" not in n])
+@pytest.mark.parametrize(
+    "name", [n for n in FOLLOWED if "one-sequence" not in n and "in-turn" not in n and "by-row" not in n]
+)
 def test_a_network_that_is_evaluated_row_by_row(name):
     """The head is passed once for each; what follows joins them."""
     make, shape = FOLLOWED[name]
@@ -179,8 +185,8 @@ def test_hooks_come_off():
     network = after(REFUSED["mixed"][0])()
     with pytest.raises(UnsupportedHeadError):
         read(network, noise(B, 2, 4, 4))
-    with pytest.raises(OSError), reading(find_head(network, "last")):
-        raise OSError
+    with pytest.raises(OSError, match="lost"), reading(find_head(network, "last")):
+        raise OSError("lost")
     assert not network.last._forward_hooks
     assert not network.last._forward_pre_hooks
 

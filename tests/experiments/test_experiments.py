@@ -22,7 +22,6 @@ from experiments.propagation import references
 from experiments.refresh_check import __main__ as refresh_check
 from tests import cases
 
-
 #: Settings are too small for good maps.
 pytestmark = pytest.mark.filterwarnings("ignore:the network's response is not well known")
 
@@ -123,7 +122,7 @@ def test_propagation(tmp_path, monkeypatch, small_posterior):
     rows = {(r["sampling"], r["method"], r["detail"]): r for r in result["results"]}
     for budget, k in zip(propagation.BUDGETS, ("2.2", "3.3", "5.6"), strict=True):
         row = rows["tcd-4", "tangents", f"K = 16, {k}×"]
-        assert row["calls_ratio"] <= budget
+        assert row["calls_ratio"] <= budget + 1 / 4  # one call asks whether the network repeats itself
         assert row["negative"] == 0
     assert row["correlation"] > 0.6
     assert rows["tcd-4", "ensemble", "M = 6"]["calls_ratio"] == 7
@@ -166,7 +165,8 @@ def test_subsets_of_an_ensemble():
     assert len(propagation.subsets(output, 3)) == 2
 
 
-def test_guidance_check(tmp_path):
+def test_guidance_check(tmp_path, monkeypatch, small_posterior):
+    monkeypatch.setattr(guidance_check, "fitted", lambda _: small_posterior)
     guidance_check.main(draws=400, samples=1, steps=2, out=tmp_path)
     rows = json.loads((tmp_path / "results.json").read_text())["results"]
     assert [r["s"] for r in rows] == [s for s in guidance_check.SCALES for _ in range(2)]
