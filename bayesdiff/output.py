@@ -29,8 +29,9 @@ class UncertaintyOutput:
         steps: For each step of a pipeline's scheduler, what it is given (guided) and its variance, which is the closed form
             wherever that is a weighted sum of the network's outputs, and else an estimate from the draws.
         exact_steps: For each step, whether its variance is the closed form.
-        residual: For tangents, how far the measurements of the network's response are from what the others predict, relative, one
-            number for each sample; a map with a large one is not to be trusted. None for other methods.
+        residual: For tangents, an estimate of the relative error that too few network calls make in the map, one number for each
+            sample, from how well each measurement of the network's response is predicted by the others; above 0.5 there is a
+            warning. None for other methods, and with fewer than two measurements.
         selfcheck: For tangents, the relative difference between them and two runs that were moved to both sides.
         trajectory: If asked for, the sample after each step and its variance, in the network's space.
         factors: If asked for, F ``(K, …)`` float32 in the units of the result: the covariance of any two of its numbers is

@@ -33,6 +33,8 @@ SAMPLERS = {
     "ddpm": (DDPMScheduler, {"clip_sample": False}, {}),
     "ddpm-clip": (DDPMScheduler, {"clip_sample": True}, {}),
 }
+#: Networks without training need more calls than others: maps are what is looked at here, not how good they are.
+pytestmark = pytest.mark.filterwarnings("ignore:the network's response is not well known")
 #: One of each way, small.
 WAYS = {
     "tangents": functools.partial(bd.Tangents, draws=6, refresh=2, num_directions=3),
@@ -177,10 +179,9 @@ def test_a_sample_alone_and_in_a_batch_of_eight(name, way):
     kwargs = {"num_inference_steps": 5, "output_type": "np", **kwargs}
     up = bd.UncertaintyPipeline(pipe, posterior, propagation=WAYS[way](batch_invariant=True, trajectory=True))
     together = up(batch_size=8, generator=seeds(*range(8)), **kwargs)
-    for row in (0, 5):
-        alone = up(batch_size=1, generator=seeds(row), **kwargs)
-        same(alone, together, row)
-        assert (alone.images == pipe(batch_size=1, generator=seeds(row), **kwargs).images).all()
+    alone = up(batch_size=1, generator=seeds(5), **kwargs)
+    same(alone, together, 5)
+    assert (alone.images == pipe(batch_size=1, generator=seeds(5), **kwargs).images).all()
     pair = up(batch_size=2, generator=seeds(3, 5), **kwargs)
     same(alone, pair, 1)
 
@@ -194,8 +195,7 @@ def test_a_guided_sample_alone_and_in_a_batch_of_eight(way, rescale, sequential)
     kwargs = {"num_inference_steps": 4, "sequential": sequential}
     up = bd.UncertaintyPipeline(pipe, posterior, propagation=WAYS[way](batch_invariant=True, trajectory=True))
     together = up(batch_size=8, generator=seeds(*range(8)), **kwargs)
-    for row in (0, 5):
-        same(up(batch_size=1, generator=seeds(row), classes=[row % 3], **kwargs), together, row)
+    same(up(batch_size=1, generator=seeds(5), classes=[5 % 3], **kwargs), together, 5)
 
 
 @noisy

@@ -35,14 +35,20 @@ class Returned:
 
 
 def main_result(output: Any) -> Any:
-    """The first thing in what a function returned: ``.images``, ``[0]``, or itself."""
-    if isinstance(output, Tensor | np.ndarray | Image.Image):
+    """The first thing in what a function returned: ``.images``, ``[0]``, the first attribute that holds numbers, or itself."""
+    if isinstance(output, Tensor | np.ndarray | Image.Image | list):
         return output
     if isinstance(output, dict):  # diffusers' outputs are dictionaries, too
-        return next(iter(output.values()), None)
-    if isinstance(output, tuple):
-        return output[0] if output else None
-    return output
+        values = list(output.values())
+    elif isinstance(output, tuple):
+        values = list(output)
+    else:
+        values = list(getattr(output, "__dict__", {}).values())
+    return next((v for v in values if _holds_numbers(v)), values[0] if isinstance(output, tuple) and values else output)
+
+
+def _holds_numbers(value: Any) -> bool:
+    return any(isinstance(leaf, Tensor | np.ndarray | Image.Image) for leaf in tree_leaves(value))
 
 
 def returned(output: Any, trace: DualNumbers) -> Returned:

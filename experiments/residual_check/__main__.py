@@ -11,6 +11,7 @@ beside them the shipped model. Three budgets each, of which the smallest is mean
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,7 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import bayesdiff
-from bayesdiff.checks import UnsupportedPipelineError
+from bayesdiff.checks import BayesdiffWarning, UnsupportedPipelineError
 from bayesdiff.propagation.tangents import LARGE
 from experiments.common import command, fitted, record, results_folder, table
 
@@ -64,9 +65,11 @@ def errors(pipe: Any, posterior: Any, draws: int, seed: int, **call: Any) -> lis
         generators = [torch.Generator().manual_seed(seed + i) for i in range(len(call["classes"]))]
         generator = torch.Generator().manual_seed(seed + 1000)
         settings = bayesdiff.Tangents(draws=draws, generator=generator, **settings)
-        return bayesdiff.UncertaintyPipeline(pipe, posterior, propagation=settings)(
-            generator=generators, output_type="pt", **call
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", BayesdiffWarning)
+            return bayesdiff.UncertaintyPipeline(pipe, posterior, propagation=settings)(
+                generator=generators, output_type="pt", **call
+            )
 
     def distance(std: Tensor, exact: Tensor) -> list[float]:
         return ((std - exact).flatten(1).norm(dim=1) / exact.flatten(1).norm(dim=1)).tolist()
