@@ -184,7 +184,8 @@ class Recursion:
         if scale.shape != self._variance.shape or not bool(torch.allclose(scale, scale.flatten()[0])):
             raise UnsupportedPipelineError(
                 "expected a pipeline that returns its last sample, scaled, for the recursion of BayesDiff, which has a variance "
-                f"for each of its numbers and no covariance to decode; got {tuple(scale.shape)} of {tuple(self._variance.shape)}; "
+                f"for each of its numbers and no covariance to decode; got {tuple(scale.shape)} of "
+                f"{tuple(self._variance.shape)}; "
                 'use output_type="latent", or propagation="tangents"'
             )
         return Recursed(

@@ -12,7 +12,6 @@ from bayesdiff.head.find import Head
 from bayesdiff.propagation.ensemble import Moments
 from tests import cases
 
-
 #: Networks without training need more calls than others: maps are what is looked at here, not how good they are.
 pytestmark = pytest.mark.filterwarnings("ignore:the network's response is not well known")
 
