@@ -179,6 +179,11 @@ class Recursion:
                 f"{negative:.1%} of the recursion's variances are negative, and in {self._clamped} steps some were taken "
                 'as 0 to draw from; use propagation="tangents"', NegativeVarianceWarning, stacklevel=6,
             )  # fmt: skip
+        if self.session.decoded():
+            raise UnsupportedPipelineError(
+                "expected a pipeline that returns its last sample, scaled, for the recursion of BayesDiff, which has no "
+                'covariance to decode, got one that decodes it; use output_type="latent", or propagation="tangents"'
+            )
         found = returned(output, self.session.trace)
         scale = found.tangents[-1].double()
         if scale.shape != self._variance.shape or not bool(torch.allclose(scale, scale.flatten()[0])):

@@ -12,7 +12,7 @@ Each branch has its own response within the directions, and the combination's ou
 from __future__ import annotations
 
 import bisect
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -180,9 +180,9 @@ class Responder:
         for group in self.groups(batch):
             points = [self._points(n) for n in nodes]
             pairs = [
-                (Directions(v[group].double(), self.measured[n].chosen.length[group], self.measured[n].chosen.probe), y[group].double())
+                (replace(_part(self.measured[n].chosen, group), directions=v[group].double()), y[group].double())
                 for n, (v, y) in zip(nodes, points, strict=True)
-            ]  # fmt: skip
+            ]
             found = smoothed(pairs) if self.shared and len(nodes) > 1 else [Response.fit(*pair) for pair in pairs]
             for n, response in zip(nodes, found, strict=True):
                 self._responses[n].append(response.to(self.dtype))

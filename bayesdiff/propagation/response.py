@@ -244,8 +244,8 @@ def reduced(deltas: Tensor, number: int, generator: Generator) -> Tensor:
     r"""Fewer rows with nearly the same sum of squares: principal rows, and random-sign mixtures of what they leave.
 
     With the rotated draws :math:`r_j = \sum_k u_{jk}\delta_k`, :math:`\sum_j (Jr_j)^2 = \sum_k (J\delta_k)^2` for any linear J.
-    The largest are kept. A mixture :math:`\sum_j \xi_j r_j` of the others, :math:`\xi_j = \pm 1`, has their sum of squares on average
-    (Hutchinson 1989); a quarter of the rows are such.
+    The largest are kept. A mixture :math:`\sum_j \xi_j r_j` of the others, :math:`\xi_j = \pm 1`, has their sum of squares on
+    average (Hutchinson 1989); a quarter of the rows are such.
 
     Args:
         deltas: ``(1, K, P)`` float64.

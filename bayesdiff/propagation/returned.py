@@ -61,6 +61,10 @@ def returned(output: Any, trace: DualNumbers) -> Returned:
     for leaf in tree_leaves(result) + tree_leaves(output):
         if isinstance(leaf, Tensor):
             tangents = trace.unclamped(leaf)
+            if tangents is not None and tangents.is_complex():
+                raise UnsupportedPipelineError(
+                    f"expected a result of real numbers, got {leaf.dtype}: return torch.view_as_real of it"
+                )
             if tangents is not None:
                 return _listed(result, leaf, trace) or Returned(leaf.detach(), tangents)
     found = _array(result, trace) or _pictures(result, trace)

@@ -146,12 +146,14 @@ class UncertainRun:
             return result
 
         decoded = self.session.decoded()
-        variance, factors = torch.zeros(()), []
+        variance, factors, first = torch.zeros(()), [], torch.zeros(())
         for draws in run.chunks(decoded=decoded):
             samples.clear()
             again = run.carry(draws, self.again(on_step))
             found = returned(again, self.session.trace)
             check_finite("results", found.value, "the function itself returns them")
+            if draws.start == 0:
+                first = found.tangents[0].clone()
             variance = variance + sum_of_squares(found.tangents) / len(self.deviations)
             if settings.factors:
                 factors.append(found.tangents.float() / len(self.deviations) ** 0.5)
@@ -161,7 +163,9 @@ class UncertainRun:
                 "extra_calls"
             )
         steps = [Gaussian(x, v / len(self.deviations)) for x, v in zip(samples, along, strict=True)]
-        selfcheck, residual = run.selfcheck.run(self.again()), run.residual()
+        selfcheck, residual = run.selfcheck.run(first, self.again()), run.residual()
+        if self.scheduler is not None:  # which keeps what a plain run leaves in it
+            self.session.replay(lambda *_: None, lambda *_: None, self.again())
         warn(residual, settings)
         return UncertaintyOutput(
             output, variance.float(), **self._counts(), **predicted, latents=steps[-1] if steps else None,

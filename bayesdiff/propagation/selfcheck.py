@@ -1,8 +1,8 @@
 """Are the tangents what two runs say? A check that costs no network call.
 
 The function is run twice more, every recorded output of the network moved by ±h δf of the first draw. What the network and the
-decoder are then given must differ by 2h δx, as the duals have it. A tangent that was lost where a value left PyTorch, or
-that follows the wrong path, shows here.
+decoder are then given must differ by 2h δx, as the duals have it, and so must what is returned. A tangent that was lost where
+a value left PyTorch, or that follows the wrong path, shows here.
 """
 
 from __future__ import annotations
@@ -15,6 +15,9 @@ import torch
 from torch import Tensor
 
 from bayesdiff.checks import BayesdiffWarning, UnsupportedPipelineError
+from bayesdiff.propagation.returned import values
+from bayesdiff.tracing.before_clamp import BeforeClamp
+from bayesdiff.tracing.dual import DualNumbers
 from bayesdiff.tracing.network import Box, Session
 from bayesdiff.tracing.rerun import tensors
 
@@ -40,11 +43,22 @@ class SelfCheck:
         self._h = 0.0
         self._kept = torch.float32 if len(session.network.calls) < MANY else torch.bfloat16
         self._sign = 0.0
+        self._sizes = (0.0, 0.0)  # of the first output that moves, and of what moves it
+        self._half = False  # whether half precision is on the way
+        self._escaped = False  # whether values left PyTorch before the last network call
         self._points: dict[tuple[int, int], dict[int, Tensor]] = {}
 
-    def remember(self, box: Box, n: int, args: Any, kwargs: Any, moves: list[Tensor | None] | None) -> None:
+    def remember(
+        self, box: Box, n: int, args: Any, kwargs: Any, output: Any, moves: list[Tensor | None] | None
+    ) -> None:
         """In the traced run: δx of this call's inputs where it is looked at, and δf of its outputs."""
         self._moves[id(box), n] = [None if t is None else t[0].to(self._kept, copy=True) for t in moves or []]
+        if box is self.session.network:
+            self._escaped = bool(self.session.trace.escapes)
+        for f, t in zip([f for f in tensors(output) if f.is_floating_point()], moves or [], strict=False):
+            self._half |= torch.finfo(f.dtype).bits < 32
+            if t is not None and not self._sizes[1]:
+                self._sizes = (_rms(f), _rms(t[0]))
         if n not in (len(box.calls) // 2, len(box.calls) - 1):
             return
         found = {i: (x, self.session.trace.tangents(x)) for i, x in enumerate(tensors((args, kwargs)))}
@@ -56,21 +70,32 @@ class SelfCheck:
             if moved:
                 self._h = NUDGE * (size or 1.0) / moved
 
-    def run(self, function: Callable[..., Any] | None = None) -> float:
-        """The relative difference; NaN where there is nothing to compare, or half precision hides it.
+    def run(self, result: Tensor, function: Callable[..., Any] | None = None) -> float:
+        """The relative difference, the larger of those inside and at the end; NaN where half precision hides it.
 
         Args:
+            result: The first draw's tangent at what is returned, before the last clamp.
             function: What to run with the arguments of the session's function; by default that function.
 
         Raises:
             UnsupportedPipelineError: It is too large.
         """
-        if not self._h:
+        trace, ends, results = self.session.trace, [], []
+        if self._half:
+            if self._escaped:
+                warnings.warn(
+                    f"values left PyTorch ({_places(trace)}), and in half precision the self-check cannot tell whether that "
+                    "matters", BayesdiffWarning, stacklevel=5,
+                )  # fmt: skip
             return float("nan")
-        trace, ends = self.session.trace, []
+        self._h = self._h or NUDGE * (self._sizes[0] or 1.0) / self._sizes[1] if self._sizes[1] else self._h
+        if not self._h:
+            return 0.0
         for self._sign in (1.0, -1.0):
             self._points = {}
-            self.session.replay(self._nudge, self._nudge, function, checked=False)
+            before = BeforeClamp()
+            output = self.session.replay(self._nudge, self._nudge, function, checked=False, trace=before)
+            results.append(values(output, before))
             ends.append(self._points)
         above = below = 0.0
         for key, expected in self._expected.items():
@@ -80,7 +105,13 @@ class SelfCheck:
                 below += float(tangent.square().sum()) / tangent.numel()
         self.session.trace = trace
         apart = (above / below) ** 0.5 if below else 0.0
-        left = "; ".join(dict.fromkeys(f"{e.how} at {e.where}" for e in trace.escapes))
+        if results[0].shape == result.shape and float(result.abs().max()):
+            moved = (results[0] - results[1]) / (2 * self._h)
+            # What rounding leaves of a difference is no fault of the tangents.
+            noise = 1e-6 * float(results[0].abs().max()) / self._h * result.numel() ** 0.5
+            away = max(float((moved - result.double()).norm()) - noise, 0.0)
+            apart = max(apart, away / float(result.double().norm()))
+        left = _places(trace)
         told = (
             f"a relative difference of {apart:.2g} between the tangents and two runs moved to both sides"
             f"{f' (values left PyTorch: {left})' if left else ''}"
@@ -106,3 +137,11 @@ class SelfCheck:
         for f, move in zip(outputs, self._moves.get(key, []), strict=False):
             if move is not None:
                 f.add_((self._sign * self._h * move.double()).to(f.dtype))
+
+
+def _rms(x: Tensor) -> float:
+    return float(x.double().square().mean()) ** 0.5
+
+
+def _places(trace: DualNumbers) -> str:
+    return "; ".join(dict.fromkeys(f"{e.how} at {e.where}" for e in trace.escapes))

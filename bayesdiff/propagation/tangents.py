@@ -139,7 +139,7 @@ class TangentRun:
             total = [r if t is None else r.add_(t) for t, r in zip(total, response, strict=True)]
             if self._second and self._draws.start == 0:
                 module, place = self._module(box, n)
-                module.follow(place, entered, self.branches.get(n), total)
+                module.follow(place, entered, self.branches.get(n), [t for t in total if t is not None])
         if self._beside:
             raise UnsupportedPipelineError(
                 f"expected what {', '.join(self._beside)} makes of the sample to enter the network at once, got a network "
@@ -156,6 +156,7 @@ class TangentRun:
         rows = entered.rows if match is None else match.taken(entered.rows)
         branches = _confirmed(known, rows)
         samples = branches.first(rows)
+        module.same_shape(box.name, samples)
         if module.due(place) and not self._second:
             module.responder.add(place, self._measure(module, place, entered, match, branches, samples))
         if box is self.session.network and len(entered.values) > 1:
@@ -260,7 +261,7 @@ class TangentRun:
                 self.session.trace.attach(f, tangents)
                 give_back(tangents.numel() * tangents.element_size())
         if self._second and self._draws.start == 0:
-            self.selfcheck.remember(box, n, args, kwargs, list(total))
+            self.selfcheck.remember(box, n, args, kwargs, output, list(total))
 
 
 def _confirmed(known: Branches | None, rows: Tensor) -> Branches:
@@ -301,9 +302,20 @@ class _Module:
     def __init__(self, coordinates: Coordinates, responder: Responder) -> None:
         self.coordinates, self.responder = coordinates, responder
         self.match: tuple[Match | None] | None = None  # once it was looked for
+        self.shape: tuple[int, int] | None = None
         self.sizes: dict[int, Tensor] = {}  # in the second pass, of Jδx as part of δf
         self._reach: dict[int, Tensor] = {}  # what an error of size 1 in δf makes of the next δx, relative
         self._last: tuple[int, Tensor, Tensor] | None = None  # δx and δf of the last call
+
+    def same_shape(self, name: str, samples: Tensor) -> None:
+        """Refuse calls whose samples are not those of the others: their responses have nothing in common."""
+        shape = (len(samples), samples.shape[2])
+        self.shape = self.shape or shape
+        if self.shape != shape:
+            raise UnsupportedPipelineError(
+                f"expected {name} to be given the same samples in all its calls, got {self.shape[0]} of {self.shape[1]} numbers "
+                f'and {shape[0]} of {shape[1]}; use propagation="ensemble"'
+            )
 
     def due(self, n: int) -> bool:
         """Whether to measure at call n."""

@@ -160,7 +160,7 @@ class Session:
 
     def replay(
         self, on_network: Handler, on_component: Handler | None = None, function: Callable[..., Any] | None = None,
-        *, checked: bool = True,
+        *, checked: bool = True, trace: DualNumbers | None = None,
     ) -> Any:  # fmt: skip
         """Another run on the record, traced.
 
@@ -170,6 +170,7 @@ class Session:
             on_component: The same for calls of other modules.
             function: Another function with the same arguments; by default the same.
             checked: Whether inputs must be those of the first run.
+            trace: What traces it; by default fresh dual numbers.
 
         Raises:
             NotRepeatableError: They are not, or the network gives the same call another answer.
@@ -177,7 +178,7 @@ class Session:
         self._on_network, self._on_component, self._checked = on_network, on_component, checked
         for box in (self.network, *self.others):
             box.position = 0
-        self.trace = DualNumbers()
+        self.trace = DualNumbers() if trace is None else trace
         with self._installed(), torch.no_grad(), self.trace:
             return self.run(function)
 
@@ -237,7 +238,7 @@ class Session:
         call = box.calls[n]
         self._inside = True
         try:
-            with self.trace.paused():
+            with self.trace.paused(), torch.no_grad():  # the function may have turned gradients on
                 if self._checked:
                     _same(box, n, call, args, kwargs)
                 if box is self.network and not self._asked:

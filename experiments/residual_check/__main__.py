@@ -64,10 +64,10 @@ def errors(pipe: Any, posterior: Any, draws: int, seed: int, **call: Any) -> lis
     def run(**settings: Any) -> Any:
         generators = [torch.Generator().manual_seed(seed + i) for i in range(len(call["classes"]))]
         generator = torch.Generator().manual_seed(seed + 1000)
-        settings = bayesdiff.Tangents(draws=draws, generator=generator, **settings)
+        propagation = bayesdiff.Tangents(draws=draws, generator=generator, **settings)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", BayesdiffWarning)
-            return bayesdiff.UncertaintyPipeline(pipe, posterior, propagation=settings)(
+            return bayesdiff.UncertaintyPipeline(pipe, posterior, propagation=propagation)(
                 generator=generators, output_type="pt", **call
             )
 

@@ -21,7 +21,7 @@ def test_coordinates_keep_all_inner_products(shape: tuple[int, ...], dtype: torc
     other = torch.randn(shape[0], 4, shape[2], generator=generator, dtype=torch.float64).to(dtype)
     inside = span.into(other)
     back = span.out_of(inside, torch.zeros_like(other))
-    u, s, vh = torch.linalg.svd(rows.double(), full_matrices=False)
+    _, s, vh = torch.linalg.svd(rows.double(), full_matrices=False)
     basis = torch.where((s > 1e-4 * s[:, :1]).unsqueeze(2), vh, 0.0)
     wanted = other.double() @ basis.mT @ basis
     torch.testing.assert_close(back.double(), wanted, rtol=0, atol=1e-6 if dtype == torch.float64 else 1e-3)
