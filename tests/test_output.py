@@ -10,7 +10,9 @@ from bayesdiff.output import UncertaintyOutput
 
 def output(**kwargs):
     variance = torch.full((2, 1, 1, 2), 4.0)
-    return UncertaintyOutput({"images": [1, 2]}, **{"variance": variance, "calls": 30, "plain_calls": 10, **kwargs})
+    return UncertaintyOutput(
+        {"images": [torch.ones(1), torch.zeros(1)]}, **{"variance": variance, "calls": 30, "plain_calls": 10, **kwargs}
+    )
 
 
 def test_scores_by_hand():
@@ -45,7 +47,7 @@ def test_scores_of_samples_of_any_rank(shape):
 
 
 def test_images_are_the_main_result():
-    assert output().images == [1, 2]
+    assert output().images == [1, 0]
 
 
 def test_one_line_and_no_tensors():

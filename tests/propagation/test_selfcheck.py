@@ -101,10 +101,10 @@ def test_clipping_alone_is_not_doubtful(network, posterior):
     assert 0 < out.selfcheck < 0.15
 
 
-def test_with_one_call_there_is_nothing_to_compare(network, posterior):
+def test_with_one_call_what_is_returned_is_compared(network, posterior):
     """Its input has no tangent."""
     out = bd.propagate(sampler(network, steps=1), network, posterior, x(), propagation=bd.Tangents(draws=4))
-    assert out.selfcheck != out.selfcheck
+    assert out.selfcheck < 1e-3
     assert float(out.std.min()) > 0
 
 
