@@ -1,0 +1,1 @@
+"""What tangents cost beyond the network calls."""
