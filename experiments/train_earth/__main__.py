@@ -31,20 +31,20 @@ def data(
 
 
 @app.command()
-def vae(work: Work = WORK, steps: int = 2800, seed: int = 0) -> None:
+def vae(work: Work = WORK, steps: int = 1700, seed: int = 0) -> None:
     """Train the autoencoder, and encode the patches with it."""
-    train_vae(work, Settings(steps, batch_size=8, learning_rate=2e-3, ema_decay=0.995, seed=seed))
+    train_vae(work, Settings(steps, batch_size=8, learning_rate=1e-3, ema_decay=0.99, seed=seed))
     write_latents(work)
 
 
 @app.command()
-def sd(work: Work = WORK, steps: int = 3800, seed: int = 0) -> None:
+def sd(work: Work = WORK, steps: int = 2100, seed: int = 0) -> None:
     """Train the U-Net and the text encoder of earth-sd."""
     train_denoiser("sd", work, Settings(steps, seed=seed))
 
 
 @app.command()
-def sd3(work: Work = WORK, steps: int = 3400, seed: int = 0) -> None:
+def sd3(work: Work = WORK, steps: int = 1900, seed: int = 0) -> None:
     """Train the transformer and the text encoders of earth-sd3."""
     train_denoiser("sd3", work, Settings(steps, seed=seed))
 

@@ -28,11 +28,11 @@ def build_vae() -> AutoencoderKL:
     return AutoencoderKL(
         sample_size=SIZE,
         latent_channels=LATENT_CHANNELS,
-        block_out_channels=(32, 64, 96),
+        block_out_channels=(16, 32, 64),
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
         layers_per_block=1,
-        norm_num_groups=8,
+        norm_num_groups=4,
         mid_block_add_attention=False,
         force_upcast=False,
     )

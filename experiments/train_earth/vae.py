@@ -1,4 +1,4 @@
-"""The VAE: absolute error and a little KL, no adversary; and the latents of all patches."""
+"""The VAE: absolute and squared error and a little KL, no adversary; and the latents of all patches."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ import torch
 from diffusers import AutoencoderKL
 from safetensors.torch import save_file
 from torch import Generator, Tensor
-from torch.nn import functional as F
 
 from bayesdiff.io import atomic_path
 from experiments.train_earth.data import read_data
 from experiments.train_earth.models import build_vae
+from experiments.train_earth.start import start_linear
 from experiments.train_earth.train import Run, Settings, averaged
 
+SQUARES_WEIGHT = 4.0
 KL_WEIGHT = 1e-4  # of the mean KL per latent element
 
 
@@ -28,6 +29,7 @@ def train_vae(work: Path, settings: Settings) -> None:
     images = torch.from_numpy(read_data(work / "data.npz")["train_images"])
     torch.manual_seed(settings.seed)
     vae = build_vae()
+    start_linear(vae, to_model_space(images[:2048]))
 
     def loss_of(step: int, generator: Generator) -> Tensor:
         index = torch.randint(len(images), (settings.batch_size,), generator=generator)
@@ -41,9 +43,8 @@ def train_vae(work: Path, settings: Settings) -> None:
             z = mean + (0.5 * log_variance).exp() * torch.randn(mean.shape, generator=generator)
             y = vae.decoder(vae.post_quant_conv(z)).float()
         kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
-        # The absolute error at two scales: large areas have the right colour first.
-        coarse = (F.avg_pool2d(y, 4) - F.avg_pool2d(x, 4)).abs().mean()
-        return (y - x).abs().mean() + coarse + KL_WEIGHT * kl
+        error = y - x
+        return error.abs().mean() + SQUARES_WEIGHT * error.square().mean() + KL_WEIGHT * kl
 
     Run(vae, settings, work / "vae").train(loss_of)
 
@@ -65,4 +66,4 @@ def write_latents(work: Path) -> None:
         images = torch.from_numpy(data[f"{split}_images"])
         latents[split] = torch.cat([vae.encode(to_model_space(part)).latent_dist.mean for part in images.split(64)])
     with atomic_path(work / "latents.safetensors") as temporary:
-        save_file(latents, temporary)
+        save_file({split: values.contiguous() for split, values in latents.items()}, temporary)

@@ -10,7 +10,8 @@ from torch import nn
 
 from experiments.train_earth import data
 from experiments.train_earth.denoisers import EarthSD3, tokenize
-from experiments.train_earth.models import build_tokenizer, build_transformer, save_tokenizer
+from experiments.train_earth.models import build_tokenizer, build_transformer, build_vae, save_tokenizer
+from experiments.train_earth.start import principal_components, start_linear
 from experiments.train_earth.train import Run, Settings, averaged
 
 pytest.importorskip("transformers")
@@ -107,3 +108,22 @@ def test_a_run_that_was_cut_goes_on_with_the_same_bits(tmp_path):
     assert all(resumed[name].equal(value) for name, value in whole.items())
     with pytest.raises(ValueError, match=r"expected .*'steps': 7"):
         Run(nn.Linear(3, 2), Settings(7, warmup=2), tmp_path / "cut")
+
+
+def test_the_vae_starts_almost_linear():
+    """Its latents are the principal components of 4 × 4 blocks; a picture of large areas comes back."""
+    torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.rand(32, 3, 6, 6, generator=generator) * 1.6 - 0.8
+    images = nn.functional.interpolate(coarse, (64, 64), mode="bicubic").clamp(-1, 1)
+    vae = build_vae().eval()
+    start_linear(vae, images)
+    mean, directions, deviations = principal_components(images)
+    blocks = nn.functional.unfold(images, 4, stride=4).transpose(1, 2)
+    components = ((blocks - mean) @ directions / deviations).transpose(1, 2).reshape(32, 4, 16, 16)
+    with torch.no_grad():
+        latents = vae.encode(images).latent_dist.mean
+        back = vae.decode(latents).sample
+    for found, exact in zip(latents.unbind(1), components.unbind(1), strict=True):
+        assert torch.corrcoef(torch.stack([found.flatten(), exact.flatten()]))[0, 1] > 0.98
+    assert (back - images).square().mean() < 0.1 * images.square().mean()
