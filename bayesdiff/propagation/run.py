@@ -135,14 +135,16 @@ class UncertainRun:
         def on_step(original: Callable[..., Any], given: dict[str, Any]) -> Any:
             result = call_step(original, given)
             with self.session.trace.paused():
-                sample = previous_sample(result)
-                t = self.session.trace.tangents(sample)
                 step = len(samples)
-                samples.append(sample.detach().float().clone())
+                sample = previous_sample(result).detach()
+                if not settings.trajectory and step + 1 < len(predicted["steps"]):  # only the last is asked for
+                    samples.append(sample.new_zeros(()))
+                    along[step : step + 1] = [samples[-1]]
+                    return result
+                t = self.session.trace.tangents(sample)
+                samples.append(sample.float().clone())
                 total = torch.zeros_like(samples[-1]) if t is None else sum_of_squares(t)
                 along[step : step + 1] = [total + along[step] if step < len(along) else total]
-                if not settings.trajectory and step:  # only the last is asked for
-                    samples[step - 1] = along[step - 1] = samples[step].new_zeros(())
             return result
 
         decoded = self.session.decoded()
