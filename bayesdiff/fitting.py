@@ -6,13 +6,13 @@ a hook takes the head's features, and features and residual go into the sufficie
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import os
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
-from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from bayesdiff.checks import (
@@ -25,11 +25,13 @@ from bayesdiff.checks import (
     check_finite,
     check_int,
 )
+from bayesdiff.data import framing_of, known_classes, open_images
 from bayesdiff.diffusion.noising import draw, noised
 from bayesdiff.head.find import check_eval, denoiser, find_head, find_head_by_call
 from bayesdiff.head.fold import Fold
 from bayesdiff.head.layer import Head
 from bayesdiff.head.loaded import placement
+from bayesdiff.laplace.checkpoint import Checkpoint, Journal, identity
 from bayesdiff.laplace.cut import check_settings
 from bayesdiff.laplace.posterior import LaplacePosterior
 from bayesdiff.laplace.statistics import Statistics
@@ -39,6 +41,7 @@ from bayesdiff.rng import base_seed
 def fit(
     pipe_or_model: Any,
     data: Any,
+    prompts: Any = None,
     *,
     structure: str = "full",
     covariance: str = "sandwich",
@@ -53,15 +56,21 @@ def fit(
     head: str | None = None,
     generator: Generator | None = None,
     progress: bool = True,
+    size: int | tuple[int, int] | None = None,
+    value_range: tuple[float, float] | str | None = None,
+    convert: bool = False,
+    checkpoint: Checkpoint | str | os.PathLike[str] | None = None,
 ) -> LaplacePosterior:
     r"""Fit the Laplace posterior of a network's output layer. The network is not changed.
 
     Args:
         pipe_or_model: A diffusers pipeline, or its denoising network (then give ``scheduler``).
-        data: Clean data in the network's own space (pixels in [−1, 1], or scaled latents):
-            a tensor ``(n, C, H, W)``; a mapping with ``"images"`` and, beside it, the network's other
-            keyword arguments (``"class_labels"``, ``"encoder_hidden_states"``, …), each with n rows;
-            a ``Dataset`` or an iterable of batches of either form.
+        data: Clean data: a folder of images, a ``datasets.Dataset``, a torch ``Dataset``, PIL images, arrays of bytes, or
+            what is in the network's own space (pixels in [−1, 1], or scaled latents) already: a tensor ``(n, C, H, W)``; a
+            mapping with ``"images"`` and, beside it, the network's other keyword arguments (``"class_labels"``,
+            ``"encoder_hidden_states"``, …), each with n rows; or an iterable of batches
+            (:func:`bayesdiff.data.open_images`).
+        prompts: A caption for each image, or a label, instead of those that the data have.
         structure: ``"full"``, ``"kron"``, ``"diag"`` or ``"lowrank"``; the posterior's :meth:`~LaplacePosterior.recut` gives
             the others without another pass.
         covariance: ``"sandwich"`` (robust, clustered by image), ``"ggn"`` or ``"ef"``.
@@ -79,6 +88,13 @@ def fit(
         head: Exact path of the output layer, for networks the package does not know.
         generator: For timesteps and noise. The draws do not depend on ``batch_size``.
         progress: Show a progress bar.
+        size: (height, width) that images are cropped and resized to; by default files and PIL images become what the model
+            was trained on, as its configuration has it.
+        value_range: Of arrays, (black, white), or ``"as-is"`` for numbers in the network's space; by default bytes are 0 to
+            255, and floating-point numbers −1 to 1.
+        convert: Turn grey, transparent, palette and CMYK images into what the network takes, instead of an error.
+        checkpoint: A folder, or :class:`~bayesdiff.laplace.checkpoint.Checkpoint`, for what is done so far: a fit that was
+            killed goes on from there, to the same bits. It stays there when the fit is done.
 
     Returns:
         A :class:`LaplacePosterior`, with the sums it came from as ``.statistics``.
@@ -88,6 +104,9 @@ def fit(
         ShapeError: The images don't fit the network.
         NonFiniteError: Images, features or residuals are NaN or infinite.
         ArgumentError: An argument is out of range, or the network is in training mode.
+        BadImagesError: Some images cannot be used; all are listed.
+        UnknownNameError: A label is the name of no class of the model.
+        CheckpointError: The checkpoint is damaged, or of another fit.
         HeadNotFoundError, AmbiguousHeadError, UnsupportedHeadError: See :func:`find_head`.
     """
     check_int("draws_per_image", draws_per_image, least=1)
@@ -108,14 +127,24 @@ def fit(
         raise ArgumentError("expected a pipeline, or scheduler=… beside a bare network, got neither")
     num_timesteps = int(scheduler.config.num_train_timesteps)
     device, dtype = placement(network)
-    statistics: Statistics | None = None
     seed = base_seed(generator)
+    data = open_images(
+        data,
+        prompts,
+        framing_of(pipe_or_model, network, size, value_range, convert),
+        names=known_classes(pipe_or_model),
+    )
+    settings_of_sums = {
+        "seed": seed, "draws_per_image": draws_per_image, "noise_bins": noise_bins, "head": head,
+        "scheduler": str(scheduler.config),
+    }  # fmt: skip
+    journal = Journal(checkpoint, lambda: identity(pipe_or_model, data, **settings_of_sums), device)
+    statistics: Statistics | None = journal.statistics
     images_per_call = max(1, batch_size // draws_per_image)
     folds: dict[tuple[Any, ...], Fold] = {}
-    first = 0
-    total = _length(data)
-    with tqdm(total=total, desc="fit", unit="image", disable=not progress) as bar:
-        for images, conditioning in _batches(data, images_per_call):
+    first = journal.images
+    with tqdm(total=data.length, initial=first, desc="fit", unit="image", disable=not progress) as bar:
+        for images, conditioning in data.batches(images_per_call, first):
             _check_images(images, network)
             count = len(images)
             t, noise = draw(scheduler, tuple(images.shape[1:]), seed, first, count, draws_per_image)
@@ -152,6 +181,8 @@ def fit(
                     statistics.update(x, r, bins[draws], first + rows[part][draws], of)
             first += count
             bar.update(count)
+            journal.keep(statistics, first)
+    journal.keep(statistics, first, now=True)
     if found is None or statistics is None:
         raise EmptyDataError("expected at least one image to fit to, got none")
     return LaplacePosterior.from_statistics(statistics, found, num_timesteps=num_timesteps, **settings)
@@ -202,58 +233,6 @@ def _fold(head: Head, inputs: Tensor, own: Tensor, output: Tensor, call: Callabl
         return Fold(None)
     check_finite("features", inputs, "the network overflows in this dtype: use bfloat16 or float32")
     return Fold.read(head, call)
-
-
-def _length(data: Any) -> int | None:
-    """The number of images, where the data tell it."""
-    if isinstance(data, (Tensor, Mapping)):
-        return len(_split(data)[0])
-    return len(data) if isinstance(data, Dataset) and hasattr(data, "__len__") else None
-
-
-def _batches(data: Any, batch_size: int) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
-    """Cut any of the accepted forms of data into (images, conditioning)."""
-    if isinstance(data, (Tensor, Mapping)):
-        images, conditioning = _split(data)
-        for i in range(0, len(images), batch_size):
-            yield images[i : i + batch_size], {k: v[i : i + batch_size] for k, v in conditioning.items()}
-    elif isinstance(data, Dataset):
-        # A generator of its own: a DataLoader draws a seed, also when nothing is shuffled.
-        for batch in DataLoader(data, batch_size=batch_size, generator=Generator()):
-            yield _split(batch)
-    elif isinstance(data, Iterable):
-        for batch in data:
-            images, _ = _split(batch)
-            if len(images):
-                yield from _batches(batch, batch_size)
-    else:
-        raise ArgumentError(
-            "expected data as a tensor, a mapping with 'images', a Dataset, or an iterable of batches, got "
-            f"{type(data).__name__}"
-        )
-
-
-def _split(batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
-    if isinstance(batch, Tensor):
-        batch = {"images": batch}
-    if not isinstance(batch, Mapping) or "images" not in batch:
-        keys = list(batch) if isinstance(batch, Mapping) else type(batch).__name__
-        raise ArgumentError(f"expected a tensor or a mapping with the key 'images', got {keys}")
-    tensors = {}
-    for name, value in batch.items():
-        try:
-            tensors[name] = torch.as_tensor(value)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise ArgumentError(
-                f"expected tensors, arrays or numbers for {name!r}, got {type(value).__name__}: encode prompts first ({error})"
-            ) from error
-    images = tensors.pop("images")
-    if images.ndim == 0:
-        raise ShapeError("expected images (n, channels, height, width), got a scalar")
-    for name, tensor in tensors.items():
-        if tensor.ndim == 0 or len(tensor) != len(images):
-            raise ShapeError(f"expected {len(images)} rows of {name!r}, one for each image, got {tuple(tensor.shape)}")
-    return images, tensors
 
 
 def _check_images(images: Tensor, network: nn.Module) -> None:

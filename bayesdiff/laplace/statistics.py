@@ -10,6 +10,8 @@ Sums add: over batches, processes and machines.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -159,6 +161,37 @@ class Statistics:
         out = self.gram.new_zeros(len(images), self.geometry.out_channels, self.geometry.in_features)
         return out.index_add_(0, rows, torch.cat(self._scores) * by_draw[:, None, None])
 
+    @property
+    def num_batches(self) -> int:
+        """How often :meth:`update` was called."""
+        return len(self._scores)
+
+    def sums(self) -> dict[str, Tensor]:
+        """What is of one size however many draws there are."""
+        return {"gram": self.gram, "squared_residuals": self.squared_residuals, "positions": self.positions}
+
+    def draws_since(self, batch: int) -> dict[str, Tensor]:
+        """What is kept of single draws, of all batches from number ``batch`` on; empty if there are none."""
+        if batch >= len(self._scores):
+            return {}
+        lists = {"scores": self._scores, "images": self._score_images, "bins": self._score_bins}
+        return {name: torch.cat(values[batch:]) for name, values in lists.items()}
+
+    @classmethod
+    def from_state(
+        cls, geometry: Mapping[str, Any], sums: Mapping[str, Tensor], draws: Sequence[Mapping[str, Tensor]],
+        device: torch.device | str = "cpu",
+    ) -> Statistics:  # fmt: skip
+        """The statistics that :meth:`sums` and :meth:`draws_since` were taken from, ``draws`` in their order."""
+        out = cls(HeadGeometry.from_dict(dict(geometry)), len(sums["positions"]), device)
+        out.gram, out.squared_residuals, out.positions = (
+            sums[k].to(device) for k in ("gram", "squared_residuals", "positions")
+        )
+        out._scores, out._score_images, out._score_bins = (
+            [part[k].to(device) for part in draws] for k in ("scores", "images", "bins")
+        )
+        return out
+
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the sums, so that posteriors can be cut from them later, or merged with those of other processes.
 
@@ -168,10 +201,7 @@ class Statistics:
         """
         if not self._scores:
             raise EmptyDataError("expected at least one image to save the sums of, got none")
-        tensors = {
-            "gram": self.gram, "squared_residuals": self.squared_residuals, "positions": self.positions,
-            "scores": torch.cat(self._scores), "images": torch.cat(self._score_images), "bins": torch.cat(self._score_bins),
-        }  # fmt: skip
+        tensors = {**self.sums(), **self.draws_since(0)}
         write_folder(folder, "statistics", FORMAT, tensors, {"geometry": self.geometry.to_dict()})
 
     @classmethod
@@ -182,11 +212,4 @@ class Statistics:
             PosteriorFileError: A file is missing, damaged, truncated or of an unknown version.
         """
         tensors, meta = read_folder(folder, "statistics", FORMAT)
-        out = cls(HeadGeometry.from_dict(meta["geometry"]), len(tensors["positions"]), device)
-        out.gram, out.squared_residuals, out.positions = (
-            tensors[k].to(device) for k in ("gram", "squared_residuals", "positions")
-        )
-        out._scores, out._score_images, out._score_bins = (
-            [tensors[k].to(device)] for k in ("scores", "images", "bins")
-        )
-        return out
+        return cls.from_state(meta["geometry"], tensors, [tensors], device)
