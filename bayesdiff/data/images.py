@@ -25,17 +25,24 @@ class ImageData:
 
     Args:
         source: Where they come from.
-        prompts: Given apart: instead of those that the source has.
+        prompts: Given apart, one for each image or one for all: instead of those that the source has.
         labels: Given apart.
 
     Raises:
         ArgumentError: There are not as many prompts or labels as images.
     """
 
-    def __init__(self, source: Source, prompts: Sequence[str] | None = None, labels: Tensor | None = None) -> None:
+    def __init__(
+        self, source: Source, prompts: str | Sequence[str] | None = None, labels: Tensor | None = None
+    ) -> None:
         self.source, self.prompts, self.labels = source, prompts, labels
         for name, apart in (("prompts", prompts), ("labels", labels)):
-            if apart is not None and source.length is not None and len(apart) != source.length:
+            if (
+                apart is not None
+                and not isinstance(apart, str)
+                and source.length is not None
+                and len(apart) != source.length
+            ):
                 raise ArgumentError(f"expected {source.length} {name}, one for each image, got {len(apart)}")
 
     @property
@@ -62,7 +69,9 @@ class ImageData:
         for images, rest in self.source.batches(size, check_int("first", first, least=0)):
             last = first + len(images)
             for name, apart in ((PROMPTS, self.prompts), (LABELS, self.labels)):
-                if apart is not None:
+                if isinstance(apart, str):
+                    rest = {**rest, name: [apart] * len(images)}
+                elif apart is not None:
                     if len(apart) < last:
                         raise ArgumentError(
                             f"expected one of the {name} for each image, got {len(apart)} for at least {last} images"
@@ -71,7 +80,7 @@ class ImageData:
             yield images, rest
             first = last
         for name, apart in ((PROMPTS, self.prompts), (LABELS, self.labels)):
-            if apart is not None and len(apart) > first:
+            if apart is not None and not isinstance(apart, str) and len(apart) > first:
                 raise ArgumentError(f"expected one of the {name} for each image, got {len(apart)} for {first} images")
 
     def digest(self) -> str:
@@ -86,7 +95,7 @@ class ImageData:
 
 def open_images(
     images: Any,
-    prompts: Sequence[str] | Sequence[int] | Tensor | None = None,
+    prompts: str | Sequence[str] | Sequence[int] | Tensor | None = None,
     framing: Framing | None = None,
     *,
     names: Mapping[str, int] | None = None,
@@ -98,7 +107,8 @@ def open_images(
             ``datasets.Dataset``; a torch ``Dataset`` of images, of (image, caption or label) or of mappings; a list of PIL
             images, arrays or such items; one array or tensor ``(n, C, H, W)``, an array also ``(n, H, W, C)``; a mapping
             with ``"images"`` and what belongs to them; an iterable of batches; or what this function returned.
-        prompts: A caption for each image (or a label, if they are integers), instead of those that the data have.
+        prompts: A caption for each image, or one for all (or a label for each, if they are integers), instead of those that the
+            data have.
         framing: Size, channels and range of what the network takes.
         names: The model's classes, for data whose labels are names.
 
@@ -117,7 +127,7 @@ def open_images(
         if labels.ndim != 1 or labels.is_floating_point() or labels.dtype == torch.bool:
             raise ArgumentError(f"expected labels as integers (n,), got {labels.dtype} {tuple(labels.shape)}")
         return ImageData(source, labels=labels.long())
-    return ImageData(source, prompts=texts(prompts))
+    return ImageData(source, prompts=prompts if isinstance(prompts, str) else texts(prompts))
 
 
 def _source(images: Any, framing: Framing, names: Mapping[str, int] | None) -> Source:

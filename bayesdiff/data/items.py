@@ -31,7 +31,7 @@ def image_key(item: Mapping[str, Any]) -> str:
         ArgumentError: There is none, or several.
     """
     found = [key for key in IMAGE_KEYS if key in item]
-    if len(found) != 1:
+    if len(found) != 1 and "images" not in found:  # beside "images", "image" is something else that a pipeline takes
         raise ArgumentError(f"expected a mapping with the key 'images', got {list(item)}")
     return found[0]
 
@@ -87,7 +87,7 @@ def _second(value: Any) -> dict[str, Any]:
 
 
 def checked(images: Tensor, rest: Mapping[str, Any], names: Mapping[str, int] | None = None) -> dict[str, Any]:
-    """What belongs to a batch of images: a list of prompts, tensors of as many rows.
+    """What belongs to a batch of images: a list of prompts, tensors of as many rows, lists of what is no number.
 
     Raises:
         ArgumentError: Prompts are no text, or something is no tensor, array or number.
@@ -99,6 +99,8 @@ def checked(images: Tensor, rest: Mapping[str, Any], names: Mapping[str, int] | 
             out[name] = texts(value)
         elif name == LABELS and _has_names(value):
             out[name] = numbered(list(value), names)
+        elif isinstance(value, (list, tuple)) and not all(isinstance(v, (int, float)) for v in value):
+            out[name] = list(value)
         else:
             try:
                 out[name] = torch.as_tensor(value)
@@ -106,9 +108,9 @@ def checked(images: Tensor, rest: Mapping[str, Any], names: Mapping[str, int] | 
                 raise ArgumentError(
                     f"expected tensors, arrays or numbers for {name!r}, got {type(value).__name__} ({error})"
                 ) from error
-        rows = len(out[name]) if name == PROMPTS or out[name].ndim else None
+        rows = len(out[name]) if isinstance(out[name], list) or out[name].ndim else None
         if rows != len(images):
-            shape = rows if name == PROMPTS else tuple(out[name].shape)
+            shape = rows if isinstance(out[name], list) else tuple(out[name].shape)
             raise ShapeError(f"expected {len(images)} rows of {name!r}, one for each image, got {shape}")
     return out
 
