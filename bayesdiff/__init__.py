@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from bayesdiff import zoo as zoo
     from bayesdiff.checks import BayesdiffError as BayesdiffError
     from bayesdiff.checks import BayesdiffWarning as BayesdiffWarning
+    from bayesdiff.fitting import features as features
     from bayesdiff.fitting import fit as fit
     from bayesdiff.gaussian import Gaussian as Gaussian
     from bayesdiff.head.find import Head as Head
@@ -38,6 +39,7 @@ _MODULES = {
     "UncertaintyOutput": "output",
     "UncertaintyPipeline": "pipeline",
     "find_head": "head.find",
+    "features": "fitting",
     "fit": "fitting",
     "links": "laplace.links",
     "propagate": "pipeline",

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from bayesdiff.checks import ArgumentError, CheckpointError, check_output_folder
 from bayesdiff.data import ImageData, modules_of
+from bayesdiff.head.layer import Head
 from bayesdiff.io import atomic_path, write_json
 from bayesdiff.laplace.statistics import Statistics
 
@@ -79,6 +80,7 @@ class Journal:
         self.settings = checkpoint
         self.images = 0
         self.statistics: Statistics | None = None
+        self.head: str | None = None  # where the head was found
         self._draws: list[dict[str, str]] = []
         self._written = 0  # batches of draws that are in files
         self._pause = 0.0
@@ -104,7 +106,7 @@ class Journal:
             sums = self._load(meta["sums"])
             draws = [self._load(entry) for entry in meta["draws"]]
             self.statistics = Statistics.from_state(meta["geometry"], sums, draws, device)
-            self.images, self._draws = int(meta["images"]), list(meta["draws"])
+            self.images, self.head, self._draws = int(meta["images"]), str(meta["head"]), list(meta["draws"])
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             if isinstance(error, CheckpointError):
                 raise
@@ -135,14 +137,14 @@ class Journal:
             )
         return {k: v.clone() for k, v in load(payload).items()}
 
-    def keep(self, statistics: Statistics | None, images: int, *, now: bool = False) -> None:
-        """Write down that the first ``images`` images are in ``statistics``, if it is time to or ``now``.
+    def keep(self, statistics: Statistics | None, head: Head | None, images: int, *, now: bool = False) -> None:
+        """Write down that the first ``images`` images are in the ``statistics`` of a head, if it is time to or ``now``.
 
         Raises:
             OutputFolderError: The folder cannot be written.
         """
         self.images = images
-        if self.settings is None or statistics is None:
+        if self.settings is None or statistics is None or head is None:
             return
         begun = time.monotonic()
         if not now and begun - self._last < self._pause:
@@ -154,8 +156,8 @@ class Journal:
         write_json(
             self.folder / _INDEX,
             {
-                "format": FORMAT, "images": images, "identity": self.identity, "geometry": statistics.geometry.to_dict(),
-                "sums": sums, "draws": self._draws,
+                "format": FORMAT, "images": images, "identity": self.identity, "head": head.path,
+                "geometry": statistics.geometry.to_dict(), "sums": sums, "draws": self._draws,
             },
         )  # fmt: skip
         named = {sums["file"], *(entry["file"] for entry in self._draws)}
@@ -183,6 +185,16 @@ def identity(pipe: Any, data: ImageData, **settings: Any) -> dict[str, Any]:
     Neither the batch size, nor the device, nor the versions: a fit may go on with others, whose rounding differs.
     """
     return {**settings, "model": model_digest(*modules_of(pipe).values()), "data": data.digest()}
+
+
+def told(settings: Mapping[str, Any]) -> dict[str, str]:
+    """Settings as text that is the same in every process: a scheduler's configuration has sets among its private entries."""
+    return {str(k): str(model_value(v)) for k, v in sorted(settings.items()) if not str(k).startswith("_")}
+
+
+def model_value(value: Any) -> Any:
+    """A tensor by what it holds, and everything else as it is."""
+    return [tuple(value.shape), value.detach().flatten()[:_SAMPLED].tolist()] if isinstance(value, Tensor) else value
 
 
 def model_digest(*modules: nn.Module) -> str:
