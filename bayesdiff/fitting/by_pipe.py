@@ -46,7 +46,7 @@ class ByPipe:
     ) -> None:  # fmt: skip
         self.pipe, self.network, self.observer = pipe, network, observer
         self.keywords = Keywords(pipe, network, given)
-        self.driven = DrivenPipe(pipe, network)
+        self.driven = DrivenPipe(pipe, network, mean=encode == "mean")
         self.scheduler = pipe.scheduler if scheduler is None else scheduler
         self.space, self.drawn = space, encode == "sample"
         self.together = True
@@ -133,11 +133,18 @@ class ByPipe:
 
     def _prepare(self, images: Tensor, conditioning: Mapping[str, Any]) -> None:
         self._pixels = are_pixels(images, self._vae, self.space)
+        self.keywords.size = {}
         watched = self._follow(images, conditioning)
         self._encoder = None
         if self._pixels:
-            last = torch.randn(watched.sample.shape, generator=torch.Generator().manual_seed(0)).to(watched.sample)
-            self._encoder = Encoder(watched, self.driven.watch(self._call(conditioning, [0], 2), last), last)
+            self._encoder = self._encoding(watched, conditioning)
+            made, wanted = self._encoder.latent, self._encoder.encoded(images[:1])
+            if made != wanted and self.keywords.size and len(made) == len(wanted):
+                # The pipe believes that its encoder has another factor: it is asked for what gives samples of this size.
+                ratios = dict(zip(("width", "height"), (w / m for w, m in zip(wanted[:-3:-1], made[:-3:-1], strict=True)), strict=True))
+                self.keywords.size = {k: round(v * ratios.get(k, 1.0)) for k, v in self.keywords.size.items()}
+                watched = self._follow(images, conditioning, sized=True)
+                self._encoder = self._encoding(watched, conditioning)
             expected = watched.sample.shape[1:]
         else:
             expected = images.shape[1:]
@@ -147,6 +154,10 @@ class ByPipe:
                 f"{tuple(expected)}"
                 + ("" if self._vae is None else "; images are encoded where they have the channels that its encoder takes")
             )
+
+    def _encoding(self, watched: Watched, conditioning: Mapping[str, Any]) -> Encoder:
+        last = torch.randn(watched.sample.shape, generator=torch.Generator().manual_seed(0)).to(watched.sample)
+        return Encoder(watched, self.driven.watch(self._call(conditioning, [0], 2), last), last)
 
     def _call(self, conditioning: Mapping[str, Any], rows: list[int], steps: int) -> dict[str, Any]:
         return self.keywords.call(conditioning, rows, rows, steps)
@@ -191,30 +202,38 @@ class ByPipe:
         finally:
             del vars(self.driven)["stub"]
 
-    def _follow(self, images: Tensor, conditioning: Mapping[str, Any]) -> Watched:
+    def _follow(self, images: Tensor, conditioning: Mapping[str, Any], sized: bool = False) -> Watched:
         """Guidance off, x unchanged at the network, and whether rows may have timesteps of their own."""
         rows = [0, min(1, len(images) - 1)]
+        self.together = True
         branches, refused, alone = 0.0, None, []
         for settings in self.keywords.unguided():
             self.keywords.guidance = settings
             try:
-                watched = self._watch(images, conditioning)
+                watched = self._one(conditioning) if sized else self._watch(images, conditioning)
                 check_levels(watched.scheduler, watched.timesteps)
                 times = self._times(watched)
                 x = _unlike_others((2, *watched.sample.shape[1:])).to(watched.sample)
-                alone = self._arguments(conditioning, rows, list(times), x)
+                try:
+                    alone = self._arguments(conditioning, rows, list(times), x)
+                except UnsupportedPipelineError:  # one image at a time
+                    alone = self._arguments(conditioning, rows[:1], list(times), x[:1])
+                    x, self.together = x[:1], False
             except (ArgumentError, UnsupportedPipelineError) as error:
                 if isinstance(error, ArgumentError) and not settings:
                     raise
                 refused = refused or error
                 continue
-            branches = max(_occurrences(leaves, x) for leaves in alone)
+            counts = [_occurrences(leaves, x) for leaves in alone]
+            branches = min(counts) if min(counts) < 1 else max(counts)
             if branches == 1:
                 break
         else:
             if refused is not None and not alone:
                 raise refused
             self._refuse(branches)
+        if not self.together:
+            return watched
         try:
             (together,) = self._arguments(conditioning, rows, [times], x)
         except (ArgumentError, UnsupportedPipelineError):
@@ -240,7 +259,8 @@ class ByPipe:
             )
         raise UnsupportedPipelineError(
             f"expected {name} to call its network without guidance, one row for each sample, got {branches:g}; no keyword among "
-            f"{', '.join(n for s in self.keywords.unguided() for n in s) or 'none'} turns it off"
+            f"{', '.join(dict.fromkeys(n for s in self.keywords.unguided() for n in s)) or 'none'} turns it off; fit the network, with "
+            "scheduler=… and call=…"
         )
 
     def _arguments(
@@ -268,15 +288,18 @@ def _encoder(pipe: Any, network: nn.Module) -> nn.Module | None:
 
 
 def _occurrences(leaves: list[Any], x: Tensor) -> float:
-    """How often each number of x is among the tensors that a network is given, on average."""
-    total = 0.0
+    """How often the numbers of x are among the tensors that a network is given; less than 1 where not all of them are."""
+    total, missing = 0, torch.ones(x.numel(), dtype=torch.bool, device=x.device)
     for leaf in leaves:
         if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.ndim > 1:
             numbers = x.to(leaf.device, leaf.dtype).flatten()
             flat = leaf.flatten()
-            hits = flat[torch.isin(flat, numbers)]
-            total += len(hits) / len(numbers)
-    return round(total, 2) if abs(total - round(total)) > 0.05 else float(round(total))
+            total += int(torch.isin(flat, numbers).sum())
+            missing &= ~torch.isin(numbers, flat).to(x.device)
+    if bool(missing.any()):
+        return min(0.99, 1 - float(missing.double().mean()))
+    times = total / x.numel()
+    return float(round(times)) if abs(times - round(times)) < 0.05 else times
 
 
 def _unlike_others(shape: tuple[int, ...]) -> Tensor:

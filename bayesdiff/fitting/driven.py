@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,10 +96,11 @@ class DrivenPipe:
     Args:
         pipe: The pipeline.
         network: Its denoising network.
+        mean: Whether images that the pipe itself encodes (what is left of one to inpaint) are the means of their posteriors.
     """
 
-    def __init__(self, pipe: Any, network: nn.Module) -> None:
-        self.pipe, self.network = pipe, network
+    def __init__(self, pipe: Any, network: nn.Module, *, mean: bool = False) -> None:
+        self.pipe, self.network, self.mean = pipe, network, mean
         self.result: Any = None  # what step returns, with other tensors in it
         self._outputs: dict[Any, Any] = {}
         components = {id(v): v for v in vars(pipe).values() if isinstance(v, nn.Module) and v is not network}
@@ -230,14 +231,24 @@ class DrivenPipe:
                 on_decode(box.module, args[0] if args else next(iter(kwargs.values())))
             return box.original(*args, **kwargs)
 
+        def encode(box: Box, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            encoded = box.original(*args, **kwargs)
+            posterior = getattr(encoded, "latent_dist", None)
+            if posterior is not None:
+                posterior.sample = lambda *_, **__: posterior.mode()
+            return encoded
+
         devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
         with ExitStack() as stack:
+            stack.enter_context(left_alone(v for v in vars(self.pipe).values() if isinstance(v, nn.Module)))
             stack.enter_context(torch.no_grad())
             stack.enter_context(torch.random.fork_rng(devices=devices))
             torch.manual_seed(0)
             stack.enter_context(over(Box("the network", self.network), network))
             for module in self._decoders:
                 stack.enter_context(over(Box("the decoder", module, "decode"), decode))
+                if self.mean and hasattr(module, "encode"):
+                    stack.enter_context(over(Box("the encoder", module, "encode"), encode))
             try:
                 clone(**keywords)
             except Stopped:
@@ -262,3 +273,29 @@ class DrivenPipe:
             raise UnsupportedPipelineError(
                 f"expected {type(self.pipe).__name__} to call {type(self.network).__name__}, got no call of it"
             )
+
+
+@contextmanager
+def left_alone(modules: Iterator[nn.Module]) -> Iterator[None]:
+    """Attributes of modules, and hooks and submodules, are those from before when the context ends.
+
+    Some pipelines put attention processors on their network for the time of a call, and off when it ends by itself.
+    """
+    kept = {
+        id(m): (m, dict(vars(m)), {k: dict(v) for k, v in vars(m).items() if isinstance(v, dict)})
+        for module in modules
+        for m in module.modules()
+    }
+    try:
+        yield
+    finally:
+        for module, attributes, nested in kept.values():
+            now = vars(module)
+            if now.keys() != attributes.keys() or any(now[k] is not v for k, v in attributes.items()):
+                now.clear()
+                now.update(attributes)
+            for name, entries in nested.items():
+                held = attributes[name]
+                if held.keys() != entries.keys() or any(held[k] is not v for k, v in entries.items()):
+                    held.clear()
+                    held.update(entries)

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bayesdiff.checks import ArgumentError, ShapeError
+from bayesdiff.checks import ArgumentError
+from bayesdiff.head.loaded import placement
 
 #: Keywords that may turn guidance on; 1 or 0 turns it off.
 GUIDANCE = re.compile(r"guidance|cfg|pag_scale")
@@ -64,12 +65,12 @@ class Keywords:
             name = "prompt"
         if name in self.parameters:
             return name
+        if name in self._inner:
+            return None
         if name == "class_labels":
             free = [n for n in self.required if n not in self.given]
             if len(free) == 1:  # the one thing that the pipeline must be told
                 return free[0]
-        if name in self._inner:
-            return None
         if self.open:
             return name
         raise ArgumentError(
@@ -91,7 +92,7 @@ class Keywords:
                 f"expected prompts for {type(self.pipe).__name__}, got none: bd.fit(pipe, images, prompts), one for each image"
             )
         missing = [n for n in self.required if n not in known and n != "prompt"]
-        if missing:
+        if missing and not (len(missing) == 1 and None in places):
             raise ArgumentError(
                 f"expected data with {', '.join(map(repr, missing))}, which {type(self.pipe).__name__} must be told for each image, "
                 f"got {', '.join(map(repr, conditioning)) or 'images only'}"
@@ -119,12 +120,13 @@ class Keywords:
             if place is not None:
                 out[place] = _rows(values, rows, labels=name == "class_labels")
         named = bool(out)
-        for name in ("prompt",):
-            if name in self.given and isinstance(self.given[name], str):
-                out[name] = [self.given[name]] * len(rows)
-                named = True
+        if isinstance(self.given.get("prompt"), str) and "prompt" not in out:
+            out["prompt"], named = [self.given["prompt"]] * len(rows), True
         if not named and "prompt" in self.parameters:
             out["prompt"], named = [""] * len(rows), True
+        for name in self.required:  # what it becomes is an input of the network that the data have themselves
+            if name not in out and name not in self.given and None in map(self.place, conditioning):
+                out[name], named = [0] * len(rows), True
         if "batch_size" in self.parameters and not named:
             out["batch_size"] = len(rows)
         if "num_inference_steps" in self.parameters:
@@ -132,12 +134,14 @@ class Keywords:
         if "generator" in self.parameters:
             made = [torch.Generator().manual_seed(s) for s in seeds]
             out["generator"] = made if self.own_generators else made[0]
+        if "strength" in self.parameters and "strength" not in self.given:
+            out["strength"] = 1.0  # of those that start from an image: from noise alone
         fixed = {k: v for k, v in self.given.items() if k not in out or k not in ("prompt", "generator")}
         return {**out, **self.size, **fixed, **self.guidance}
 
     def inputs(self, conditioning: Mapping[str, Any], rows: list[int]) -> dict[str, Any]:
         """Inputs of the network itself among the data, which replace the pipeline's."""
-        device, dtype = _placement(self.network)
+        device, dtype = placement(self.network)
         out = {}
         for name, values in conditioning.items():
             if self.place(name) is None:
@@ -146,25 +150,23 @@ class Keywords:
         return out
 
     def unguided(self) -> Iterator[dict[str, float]]:
-        """Settings that may turn guidance off: none, one after the other, and all together."""
+        """Settings that may turn guidance off: none, one keyword after the other, several together."""
         yield {}
-        names = [
-            n for n, p in self.parameters.items()
-            if GUIDANCE.search(n) and not OTHERS.search(n)
-            and isinstance(self.given.get(n, p.default), numbers.Real) and not isinstance(self.given.get(n, p.default), bool)
-        ]  # fmt: skip
+        defaults = {n: self.given.get(n, p.default) for n, p in self.parameters.items()}
+        names = [n for n, v in defaults.items() if _number(v) and GUIDANCE.search(n) and not OTHERS.search(n)]
         for value in (1.0, 0.0):
             for name in names:
                 yield {name: value}
         if 1 < len(names) < 4:
             for values in itertools.product((1.0, 0.0), repeat=len(names)):
                 yield dict(zip(names, values, strict=True))
+        for name, value in defaults.items():  # one that is called otherwise
+            if name not in names and isinstance(value, float) and value > 1:
+                yield {name: 1.0}
 
 
-def _placement(network: nn.Module) -> tuple[torch.device, torch.dtype]:
-    from bayesdiff.head.loaded import placement
-
-    return placement(network)
+def _number(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 def _rows(values: Any, rows: list[int], *, labels: bool = False) -> Any:
@@ -173,15 +175,3 @@ def _rows(values: Any, rows: list[int], *, labels: bool = False) -> Any:
         return [int(v) for v in chosen] if labels else chosen
     return [int(values[r]) if labels else values[r] for r in rows]
 
-
-def check_columns(images: Tensor, conditioning: Mapping[str, Any]) -> None:
-    """One row of everything for each image.
-
-    Raises:
-        ShapeError: There are more or fewer.
-    """
-    for name, values in conditioning.items():
-        count = len(values) if not isinstance(values, Tensor) or values.ndim else None
-        if count != len(images):
-            shape = tuple(values.shape) if isinstance(values, Tensor) else count
-            raise ShapeError(f"expected {len(images)} rows of {name!r}, one for each image, got {shape}")

@@ -86,6 +86,16 @@ class Encoder:
             images: The images.
             drawn: Whether samples of the encoder's posterior will be asked for, and not its mean.
         """
+        mean, std = self._encode(images)
+        return Clean(
+            self._sample(mean, len(images)), self._sample(std, len(images), 0.0) if drawn and std is not None else None
+        )
+
+    def encoded(self, images: Tensor) -> torch.Size:
+        """What the encoder makes of these images: its shape."""
+        return self._encode(images)[0].shape
+
+    def _encode(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         vae = self.vae
         dtype = next(vae.parameters()).dtype
         if dtype == torch.float16 and bool(getattr(getattr(vae, "config", None), "force_upcast", False)):
@@ -97,14 +107,13 @@ class Encoder:
             x = x.transpose(1, 2).flatten(0, 1)
         try:
             with torch.no_grad():
-                mean, std = _moments(vae.encode(x))
+                return _moments(vae.encode(x))
         except torch.OutOfMemoryError:
             raise
         except ERRORS as error:
             raise ShapeError(
                 f"expected images that {type(vae).__name__} encodes, got {tuple(images.shape)}; it says: {error}"
             ) from error
-        return Clean(self._sample(mean, len(images)), self._sample(std, len(images), 0.0) if drawn and std is not None else None)
 
     def _sample(self, z: Tensor, n: int, shift: float | None = None) -> Tensor:
         flat = z.double().reshape(n, -1)

@@ -45,7 +45,7 @@ def cut(
         raise ArgumentError(f"expected dataset_size >= the {n} images fitted to, got {size}")
     scale = size / n
     diagonal = structure == "diag"
-    count = statistics.positions * statistics.geometry.out_channels
+    count = statistics.positions * statistics.trained_channels
     squares = statistics.squared_residuals.sum(1)
 
     def choose_prior(precision: Tensor) -> Tensor:

@@ -121,8 +121,13 @@ class Statistics:
         """How many (image, timestep, noise) draws were added."""
         return sum(len(s) for s in self._scores)
 
+    @property
+    def trained_channels(self) -> int:
+        """How many outputs of the head are compared with a target: those whose residuals are not all 0 (a learned variance's)."""
+        return int((self.squared_residuals.sum(0) > 0).sum()) or self.geometry.out_channels
+
     def noise_variance(self) -> Tensor:
-        r"""The residual variance of each bin, :math:`\sigma_b^2 = \sum r^2 / (P_b C)`: ``(T,)``.
+        r"""The residual variance of each bin, :math:`\sigma_b^2 = \sum r^2 / (P_b C)`, C the trained channels: ``(T,)``.
 
         A bin without draws takes the value of the nearest bin that has some.
 
@@ -132,13 +137,13 @@ class Statistics:
         seen = self.positions.nonzero().flatten()
         if not len(seen):
             raise EmptyDataError("expected at least one image to fit to, got none")
-        total = self.squared_residuals.sum(1) / (self.positions.clamp(min=1) * self.geometry.out_channels)
+        total = self.squared_residuals.sum(1) / (self.positions.clamp(min=1) * self.trained_channels)
         nearest = (torch.arange(self.num_bins, device=seen.device)[:, None] - seen).abs().argmin(1)
         return total[seen[nearest]]
 
     def pooled_variance(self) -> float:
         """The residual variance over all bins together."""
-        return float(self.squared_residuals.sum() / (self.positions.sum() * self.geometry.out_channels))
+        return float(self.squared_residuals.sum() / (self.positions.sum() * self.trained_channels))
 
     def precision(self, weights: Tensor) -> Tensor:
         r""":math:`\sum_b w_b \sum \varphi\varphi^\top`, ``(D, D)``, without the prior.
