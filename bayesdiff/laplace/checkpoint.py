@@ -105,7 +105,7 @@ class Journal:
             self._compare(meta["identity"])
             sums = self._load(meta["sums"])
             draws = [self._load(entry) for entry in meta["draws"]]
-            self.statistics = Statistics.from_state(meta["geometry"], sums, draws, device)
+            self.statistics = Statistics.from_state(meta["statistics"], sums, draws, device)
             self.images, self.head, self._draws = int(meta["images"]), str(meta["head"]), list(meta["draws"])
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             if isinstance(error, CheckpointError):
@@ -157,7 +157,7 @@ class Journal:
             self.folder / _INDEX,
             {
                 "format": FORMAT, "images": images, "identity": self.identity, "head": head.path,
-                "geometry": statistics.geometry.to_dict(), "sums": sums, "draws": self._draws,
+                "statistics": statistics.meta(), "sums": sums, "draws": self._draws,
             },
         )  # fmt: skip
         named = {sums["file"], *(entry["file"] for entry in self._draws)}

@@ -171,6 +171,10 @@ class Statistics:
         """How often :meth:`update` was called."""
         return len(self._scores)
 
+    def meta(self) -> dict[str, Any]:
+        """What the sums are of, as JSON has it."""
+        return {"geometry": self.geometry.to_dict()}
+
     def sums(self) -> dict[str, Tensor]:
         """What is of one size however many draws there are."""
         return {"gram": self.gram, "squared_residuals": self.squared_residuals, "positions": self.positions}
@@ -184,11 +188,11 @@ class Statistics:
 
     @classmethod
     def from_state(
-        cls, geometry: Mapping[str, Any], sums: Mapping[str, Tensor], draws: Sequence[Mapping[str, Tensor]],
+        cls, meta: Mapping[str, Any], sums: Mapping[str, Tensor], draws: Sequence[Mapping[str, Tensor]],
         device: torch.device | str = "cpu",
     ) -> Statistics:  # fmt: skip
-        """The statistics that :meth:`sums` and :meth:`draws_since` were taken from, ``draws`` in their order."""
-        out = cls(HeadGeometry.from_dict(dict(geometry)), len(sums["positions"]), device)
+        """The statistics that :meth:`meta`, :meth:`sums` and :meth:`draws_since` were taken from, ``draws`` in their order."""
+        out = cls(HeadGeometry.from_dict(dict(meta["geometry"])), len(sums["positions"]), device)
         out.gram, out.squared_residuals, out.positions = (
             sums[k].to(device) for k in ("gram", "squared_residuals", "positions")
         )
@@ -207,7 +211,7 @@ class Statistics:
         if not self._scores:
             raise EmptyDataError("expected at least one image to save the sums of, got none")
         tensors = {**self.sums(), **self.draws_since(0)}
-        write_folder(folder, "statistics", FORMAT, tensors, {"geometry": self.geometry.to_dict()})
+        write_folder(folder, "statistics", FORMAT, tensors, self.meta())
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str], device: torch.device | str = "cpu") -> Statistics:
@@ -217,4 +221,4 @@ class Statistics:
             PosteriorFileError: A file is missing, damaged, truncated or of an unknown version.
         """
         tensors, meta = read_folder(folder, "statistics", FORMAT)
-        return cls.from_state(meta["geometry"], tensors, [tensors], device)
+        return cls.from_state(meta, tensors, [tensors], device)
