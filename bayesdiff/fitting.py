@@ -25,14 +25,18 @@ from bayesdiff.checks import (
     check_finite,
     check_int,
 )
+from bayesdiff.diffusion.density import Density, as_density
 from bayesdiff.diffusion.noising import draw, noised
+from bayesdiff.diffusion.weighting import P2, MinSNR, as_weighting
 from bayesdiff.head.find import check_eval, denoiser, find_head, find_head_by_call
 from bayesdiff.head.fold import Fold
 from bayesdiff.head.layer import Head
 from bayesdiff.head.loaded import placement
 from bayesdiff.laplace.cut import check_settings
+from bayesdiff.laplace.loss import Loss, as_loss
 from bayesdiff.laplace.posterior import LaplacePosterior
 from bayesdiff.laplace.statistics import Statistics
+from bayesdiff.laplace.training import choose_draws
 from bayesdiff.rng import base_seed
 
 
@@ -42,11 +46,14 @@ def fit(
     *,
     structure: str = "full",
     covariance: str = "sandwich",
-    draws_per_image: int = 1,
+    draws_per_image: int | None = None,
     dataset_size: int | None = None,
+    training_draws: float | None = None,
     prior_precision: float | Tensor | str | None = None,
     noise_variance: float | Tensor | str = "residual",
-    loss_weights: str | Tensor = "uniform",
+    loss: str | Loss = "squares",
+    loss_weights: str | Tensor | MinSNR | P2 | Callable[[Tensor], Tensor] = "uniform",
+    timestep_density: str | Density = "uniform",
     batch_size: int = 64,
     noise_bins: int = 10,
     scheduler: Any = None,
@@ -65,14 +72,24 @@ def fit(
         structure: ``"full"``, ``"kron"``, ``"diag"`` or ``"lowrank"``; the posterior's :meth:`~LaplacePosterior.recut` gives
             the others without another pass.
         covariance: ``"sandwich"`` (robust, clustered by image), ``"ggn"`` or ``"ef"``.
-        draws_per_image: How many (t, ε) are drawn for each image.
+        draws_per_image: m, how many (t, ε) are drawn for each image. By default 4 where ``training_draws`` is given (no more
+            than it says, and at least two), else 1.
         dataset_size: N, the number of images that the network was trained on; by default n, and the
             posterior is that of a network trained on these n images.
+        training_draws: M, how many (t, ε) each of these images had in the training, steps · batch size / N on average. The
+            covariance is H⁻¹ (A/N + B/(N M)) H⁻¹, A between images and B between the draws of one
+            (:mod:`bayesdiff.laplace.training`). By default m, with a warning.
         prior_precision: τ; by default the maximum of the evidence, ``"channel"`` for one τ for each output channel.
         noise_variance: σ_t²: ``"residual"``, ``"evidence"``, a number, or one for each of the ``noise_bins``.
-        loss_weights: For the sandwich, the weights over t of the loss that the network was trained with:
-            ``"uniform"`` (DDPM's simple loss, and most others), ``"noise"`` (1/σ_t²), or a tensor with
+        loss: For the sandwich, the loss that the network was trained with: ``"squares"``, ``"l1"``, ``"huber"`` (and
+            ``"smooth-l1"``), ``"pseudo-huber"``, all with δ = 1, or an object: ``bayesdiff.Huber(0.1)``.
+        loss_weights: For the sandwich, the weights over t of that loss:
+            ``"uniform"`` (DDPM's simple loss, and most others), ``"min-snr"`` (γ = 5), ``"p2"``, ``bayesdiff.MinSNR(…)``,
+            ``bayesdiff.P2(…)``, a function of t/T in [0, 1] to weights, ``"noise"`` (1/σ_t²), or a tensor with
             one for each of the ``noise_bins``.
+        timestep_density: How often t was drawn in the training: ``"uniform"``, ``"logit-normal"`` (0, 1), ``"gaussian"`` around
+            the middle, ``bayesdiff.LogitNormal(…)``, ``bayesdiff.TruncatedNormal(…)``, or a function of (generator, n) that
+            returns n numbers t/T in [0, 1].
         batch_size: Rows in one network call.
         noise_bins: Equal bins of t in which the noise variance is estimated.
         scheduler: The schedule the network was trained with; by default the pipeline's.
@@ -89,15 +106,21 @@ def fit(
         NonFiniteError: Images, features or residuals are NaN or infinite.
         ArgumentError: An argument is out of range, or the network is in training mode.
         HeadNotFoundError, AmbiguousHeadError, UnsupportedHeadError: See :func:`find_head`.
+
+    Warns:
+        TrainingDrawsWarning: ``training_draws`` is not given.
+        ProjectionWarning: The covariance over M draws, estimated from fewer, was indefinite.
     """
-    check_int("draws_per_image", draws_per_image, least=1)
+    draws_per_image = choose_draws(draws_per_image, training_draws)
+    density, weighting, loss = as_density(timestep_density), as_weighting(loss_weights), as_loss(loss)
     check_int("batch_size", batch_size, least=1)
     network = denoiser(pipe_or_model, head)
     found = _known_head(pipe_or_model, head)
     check_eval(network)
     settings: dict[str, Any] = {
         "structure": structure, "covariance": covariance, "prior_precision": prior_precision,
-        "noise_variance": noise_variance, "loss_weights": loss_weights, "dataset_size": dataset_size,
+        "noise_variance": noise_variance, "loss_weights": loss_weights if weighting is None else "uniform",
+        "dataset_size": dataset_size, "training_draws": training_draws,
     }  # fmt: skip
     check_int("noise_bins", noise_bins, least=1)
     if found is not None:
@@ -118,7 +141,8 @@ def fit(
         for images, conditioning in _batches(data, images_per_call):
             _check_images(images, network)
             count = len(images)
-            t, noise = draw(scheduler, tuple(images.shape[1:]), seed, first, count, draws_per_image)
+            t, noise = draw(scheduler, tuple(images.shape[1:]), seed, first, count, draws_per_image, density)
+            weights = None if weighting is None else weighting(scheduler, t)
             rows = torch.arange(count).repeat_interleave(draws_per_image)
             clean = images.repeat_interleave(draws_per_image, dim=0).to(device)
             conditioning = {
@@ -136,7 +160,9 @@ def fit(
                 if found is None:
                     found = find_head_by_call(network, call)
                     check_settings(found.out_channels, noise_bins, **settings)
-                statistics = statistics or Statistics(found.geometry, noise_bins, device)
+                statistics = statistics or Statistics(
+                    found.geometry, noise_bins, device, loss=loss, weighted=weighting is not None
+                )
                 inputs, own, output = _call(call, found)
                 target = wanted[part].to(output.device)
                 if output.shape != target.shape:
@@ -149,7 +175,8 @@ def fit(
                 bins = (t[part] * noise_bins / num_timesteps).long().clamp(max=noise_bins - 1)
                 for x, r, draws, of in folds[key].observations(found, inputs, target - output):
                     draws = draws.to(rows.device)
-                    statistics.update(x, r, bins[draws], first + rows[part][draws], of)
+                    w = None if weights is None else weights[part][draws]
+                    statistics.update(x, r, bins[draws], first + rows[part][draws], of, w)
             first += count
             bar.update(count)
     if found is None or statistics is None:
