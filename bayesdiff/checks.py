@@ -109,6 +109,14 @@ class NegativeVarianceWarning(BayesdiffWarning):
     """A method returned negative variances; they are left as they are where a number is asked for, and 0 in a std."""
 
 
+class TrainingDrawsWarning(BayesdiffWarning):
+    """It is not known how many draws (t, ε) each image had in the network's training; the message says what is assumed."""
+
+
+class ProjectionWarning(BayesdiffWarning):
+    """An estimate of a covariance was not positive semidefinite, and was projected; the message says how much was cut."""
+
+
 def check_int(name: str, value: object, *, least: int) -> int:
     """``value`` as an int of at least ``least``.
 

@@ -1,6 +1,6 @@
 r"""The forward process: clean data to what a network was trained on, :math:`(x_t, t, \text{target})`.
 
-    x_t = α_t x_0 + σ_t ε,   t ~ U{0 … T−1} (flow matching: U(0, T)),   ε ~ N(0, I)
+    x_t = α_t x_0 + σ_t ε,   t ~ U{0 … T−1} (flow matching: U(0, T)), or of another density,   ε ~ N(0, I)
 
 Every (image, draw) pair has a generator of its own, so the draws depend on the base seed and on the
 place of the image in the data, never on the batch size or the number of workers.
@@ -13,14 +13,32 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bayesdiff.diffusion.density import Density, sample
 from bayesdiff.diffusion.parametrization import alpha_sigma, is_flow, prediction_type, target
 from bayesdiff.rng import item_generator
 
 
 def draw(
-    scheduler: Any, shape: tuple[int, ...], seed: int, first: int, count: int, draws: int, begin: int = 0
+    scheduler: Any,
+    shape: tuple[int, ...],
+    seed: int,
+    first: int,
+    count: int,
+    draws: int,
+    begin: int = 0,
+    density: Density | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Timesteps and noise for images ``first`` … ``first + count − 1``, draws ``begin`` … ``begin + draws − 1`` of each, image by image.
+    """Timesteps and noise for some images, image by image.
+
+    Args:
+        scheduler: Whose timesteps they are; T of them.
+        shape: Of one sample.
+        seed: The base seed.
+        first: Number of the first image.
+        count: Images.
+        draws: Of each, from number ``begin`` on.
+        begin: See ``draws``.
+        density: Of t/T; None: uniform. Where timesteps are whole numbers, t = ⌊uT⌋.
 
     Returns:
         t ``(count·draws,)`` (int64; float64 for flow matching) and noise ``(count·draws, *shape)`` float32.
@@ -30,7 +48,10 @@ def draw(
     for image in range(first, first + count):
         for j in range(begin, begin + draws):
             generator = item_generator(seed, image, j)
-            if is_flow(scheduler):
+            if density is not None:
+                u = sample(density, generator) * num_t
+                timesteps.append(u if is_flow(scheduler) else u.long().clamp(max=num_t - 1))
+            elif is_flow(scheduler):
                 timesteps.append(torch.rand((), generator=generator, dtype=torch.float64) * num_t)
             else:
                 timesteps.append(torch.randint(num_t, (), generator=generator))

@@ -8,7 +8,7 @@ called by the pipeline itself (:mod:`bayesdiff.fitting.by_pipe`).
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -18,17 +18,21 @@ from tqdm.auto import tqdm
 from bayesdiff.checks import ArgumentError, EmptyDataError, check_choice, check_int
 from bayesdiff.data import framing_of, known_classes, open_images
 from bayesdiff.data.sources import Batch
+from bayesdiff.diffusion.density import Density, as_density
 from bayesdiff.diffusion.noising import draw, noised
+from bayesdiff.diffusion.weighting import P2, MinSNR, as_weighting
 from bayesdiff.fitting.by_call import ByCall, Call, check_images
 from bayesdiff.fitting.by_pipe import ByPipe
 from bayesdiff.fitting.samples import Clean
 from bayesdiff.fitting.seen import Observer, Seen
 from bayesdiff.head.find import check_eval, denoiser, find_head
 from bayesdiff.head.loaded import placement
-from bayesdiff.laplace.checkpoint import Checkpoint, Journal, identity, told
+from bayesdiff.laplace.checkpoint import Checkpoint, Journal, identity, named, told
 from bayesdiff.laplace.cut import check_settings
+from bayesdiff.laplace.loss import Loss, as_loss
 from bayesdiff.laplace.posterior import LaplacePosterior
 from bayesdiff.laplace.statistics import Statistics
+from bayesdiff.laplace.training import choose_draws
 from bayesdiff.rng import base_seed, item_generator
 
 Source = ByPipe | ByCall
@@ -44,11 +48,14 @@ def fit(
     *,
     structure: str = "full",
     covariance: str = "sandwich",
-    draws_per_image: int = 1,
+    draws_per_image: int | None = None,
     dataset_size: int | None = None,
+    training_draws: float | None = None,
     prior_precision: float | Tensor | str | None = None,
     noise_variance: float | Tensor | str = "residual",
-    loss_weights: str | Tensor = "uniform",
+    loss: str | Loss = "squares",
+    loss_weights: str | Tensor | MinSNR | P2 | Callable[[Tensor], Tensor] = "uniform",
+    timestep_density: str | Density = "uniform",
     batch_size: int = 64,
     noise_bins: int = 10,
     scheduler: Any = None,
@@ -81,14 +88,24 @@ def fit(
         structure: ``"full"``, ``"kron"``, ``"diag"`` or ``"lowrank"``; the posterior's :meth:`~LaplacePosterior.recut` gives
             the others without another pass.
         covariance: ``"sandwich"`` (robust, clustered by image), ``"ggn"`` or ``"ef"``.
-        draws_per_image: How many (t, ε) are drawn for each image.
+        draws_per_image: m, how many (t, ε) are drawn for each image. By default 4 where ``training_draws`` is given (no more
+            than it says, and at least two), else 1.
         dataset_size: N, the number of images that the network was trained on; by default n, and the
             posterior is that of a network trained on these n images.
+        training_draws: M, how many (t, ε) each of these images had in the training, steps · batch size / N on average. The
+            covariance is H⁻¹ (A/N + B/(N M)) H⁻¹, A between images and B between the draws of one
+            (:mod:`bayesdiff.laplace.training`). By default m, with a warning.
         prior_precision: τ; by default the maximum of the evidence, ``"channel"`` for one τ for each output channel.
         noise_variance: σ_t²: ``"residual"``, ``"evidence"``, a number, or one for each of the ``noise_bins``.
-        loss_weights: For the sandwich, the weights over t of the loss that the network was trained with:
-            ``"uniform"`` (DDPM's simple loss, and most others), ``"noise"`` (1/σ_t²), or a tensor with
+        loss: For the sandwich, the loss that the network was trained with: ``"squares"``, ``"l1"``, ``"huber"`` (and
+            ``"smooth-l1"``), ``"pseudo-huber"``, all with δ = 1, or an object: ``bayesdiff.Huber(0.1)``.
+        loss_weights: For the sandwich, the weights over t of that loss:
+            ``"uniform"`` (DDPM's simple loss, and most others), ``"min-snr"`` (γ = 5), ``"p2"``, ``bayesdiff.MinSNR(…)``,
+            ``bayesdiff.P2(…)``, a function of t/T in [0, 1] to weights, ``"noise"`` (1/σ_t²), or a tensor with
             one for each of the ``noise_bins``.
+        timestep_density: How often t was drawn in the training: ``"uniform"``, ``"logit-normal"`` (0, 1), ``"gaussian"`` around
+            the middle, ``bayesdiff.LogitNormal(…)``, ``bayesdiff.TruncatedNormal(…)``, or a function of (generator, n) that
+            returns n numbers t/T in [0, 1].
         batch_size: Rows in one network call.
         noise_bins: Equal bins of t in which the noise variance is estimated.
         scheduler: The schedule the network was trained with; by default the pipeline's.
@@ -123,8 +140,13 @@ def fit(
         UnsupportedPipelineError: The pipeline cannot be followed; the message has what was measured.
         UnsupportedSchedulerError: The scheduler's timesteps are not those of a known schedule.
         HeadNotFoundError, AmbiguousHeadError, UnsupportedHeadError: See :func:`find_head`.
+
+    Warns:
+        TrainingDrawsWarning: ``training_draws`` is not given.
+        ProjectionWarning: The covariance over M draws, estimated from fewer, was indefinite.
     """
-    check_int("draws_per_image", draws_per_image, least=1)
+    draws_per_image = choose_draws(draws_per_image, training_draws)
+    density, weighting, loss = as_density(timestep_density), as_weighting(loss_weights), as_loss(loss)
     check_int("batch_size", batch_size, least=1)
     check_int("noise_bins", noise_bins, least=1)
     source = source_of(
@@ -132,7 +154,8 @@ def fit(
     )
     settings: dict[str, Any] = {
         "structure": structure, "covariance": covariance, "prior_precision": prior_precision,
-        "noise_variance": noise_variance, "loss_weights": loss_weights, "dataset_size": dataset_size,
+        "noise_variance": noise_variance, "loss_weights": loss_weights if weighting is None else "uniform",
+        "dataset_size": dataset_size, "training_draws": training_draws,
     }  # fmt: skip
     found = source.observer.known
     if found is not None:
@@ -147,7 +170,8 @@ def fit(
     of_sums = {
         "seed": seed, "draws_per_image": draws_per_image, "noise_bins": noise_bins, "head": head, "space": space,
         "encode": encode, "pipe_kwargs": told(pipe_kwargs or {}), "scheduler": told(source.scheduler.config),
-        "call": getattr(call, "__qualname__", None),
+        "call": getattr(call, "__qualname__", None), "loss": repr(loss), "density": named(density),
+        "weighting": None if weighting is None else named(loss_weights),
     }  # fmt: skip
     journal = Journal(checkpoint, lambda: identity(pipe_or_model, data, **of_sums), placement(source.network)[0])
     statistics: Statistics | None = journal.statistics
@@ -160,19 +184,24 @@ def fit(
         if statistics is None:
             head = source.observer.head
             check_settings(head.out_channels, noise_bins, **settings)
-            statistics = Statistics(head.geometry, noise_bins, seen.output.device)
+            statistics = Statistics(
+                head.geometry, noise_bins, seen.output.device, loss=loss, weighted=weighting is not None
+            )
         bins = (t * noise_bins / num_timesteps).long().clamp(max=noise_bins - 1)
+        weights = None if weighting is None else weighting(source.scheduler, t)
         residual = target.to(seen.output.device) - seen.output
         for x, r, draws, of in seen.fold.observations(source.observer.head, seen.inputs, residual):
             draws = draws.to(rows.device)
-            statistics.update(x, r, bins[draws], first + rows[draws], of)
+            statistics.update(
+                x, r, bins[draws], first + rows[draws], of, None if weights is None else weights[draws]
+            )
 
     with tqdm(total=data.length, initial=first, desc="fit", unit="image", disable=not progress) as bar:
         for batch in data.batches(batch_size, first):
             for x, conditioning in smaller(batch, draws_per_image):
                 check_images(x)
                 clean = source.clean(x, conditioning)
-                Steps(source, clean, conditioning, seed, first, draws_per_image, batch_size).run(consume)
+                Steps(source, clean, conditioning, seed, first, draws_per_image, batch_size, density).run(consume)
                 first += len(x)
                 bar.update(len(x))
             journal.keep(statistics, source.observer.known, first)
@@ -229,6 +258,7 @@ class Steps:
         first: The number of the batch's first image.
         draws: Of each image.
         rows: The most that a network call may have.
+        density: Of t/T.
     """
 
     def __init__(
@@ -240,11 +270,12 @@ class Steps:
         first: int,
         draws: int,
         rows: int,
+        density: Density | None = None,
     ) -> None:
         self.source, self.clean, self.conditioning = source, clean, conditioning
         self.first, count = first, len(clean)
         shape = tuple(clean.mean.shape[1:])
-        t, self.noise = draw(source.scheduler, shape, seed, first, count, draws)
+        t, self.noise = draw(source.scheduler, shape, seed, first, count, draws, density=density)
         self.t = source.timesteps(t)
         self.encoder_noise = None
         if clean.std is not None:

@@ -192,6 +192,11 @@ def told(settings: Mapping[str, Any]) -> dict[str, str]:
     return {str(k): str(model_value(v)) for k, v in sorted(settings.items()) if not str(k).startswith("_")}
 
 
+def named(choice: Any) -> str | None:
+    """A function by its name, a settings object by what it prints."""
+    return None if choice is None else getattr(choice, "__qualname__", None) or repr(choice)
+
+
 def model_value(value: Any) -> Any:
     """A tensor by what it holds, and everything else as it is."""
     return [tuple(value.shape), value.detach().flatten()[:_SAMPLED].tolist()] if isinstance(value, Tensor) else value
