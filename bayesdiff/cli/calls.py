@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -63,7 +64,7 @@ def call_of(pipe: Any, wanted: Wanted, generators: Sequence[Generator] | None = 
         if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL) and name != "prompt"
     ]  # fmt: skip
     by_class = "class_labels" if "class_labels" in parameters else None
-    if by_class is None and "prompt" not in parameters and len(required) == 1:
+    if by_class is None and "prompt" not in parameters and len(required) == 1 and _may_be_int(parameters[required[0]]):
         by_class = required[0]  # the one thing that it must be told
     other = [name for name in required if name != by_class]
     if other:
@@ -98,6 +99,11 @@ def call_of(pipe: Any, wanted: Wanted, generators: Sequence[Generator] | None = 
     if generators is not None and "generator" in parameters:
         keywords["generator"] = list(generators[:count])
     return Call(keywords, titles)
+
+
+def _may_be_int(parameter: inspect.Parameter) -> bool:
+    """Whether a parameter says that it takes integers."""
+    return parameter.annotation is parameter.empty or re.search(r"\bint\b", str(parameter.annotation)) is not None
 
 
 def _check_kind(kind: str, wanted: Wanted, by_prompt: bool, by_class: str | None, *, needed: bool) -> None:

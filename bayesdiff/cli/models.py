@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -59,19 +63,40 @@ def _load(name: str, dtype: torch.dtype) -> Any:
             f"OWNER/NAME on the Hugging Face hub, got {name!r}, where there is no {_INDEX}"
         )
     local = folder.exists()
-    diffusers.utils.logging.disable_progress_bar()
     try:
         own = _own_class(folder) if local else None
         if own is not None:
             pipe = own.from_pretrained(folder, local_files_only=True)
             torch.nn.Module.to(pipe.unet, dtype)  # diffusers' own .to() warns of an empty list of modules
             return pipe
-        return DiffusionPipeline.from_pretrained(name, torch_dtype=dtype, local_files_only=local)
+        with quiet():
+            return DiffusionPipeline.from_pretrained(name, torch_dtype=dtype, local_files_only=local)
     except _LOADING as error:
         kind = UnsupportedPipelineError if local else UnknownNameError
         raise kind(
             f"expected a pipeline that diffusers can load, got {name!r}, which it cannot ({type(error).__name__}: {error})"
         ) from error
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without the progress bars and remarks of diffusers and transformers, which are for those who load by hand."""
+    loggings = [diffusers.utils.logging]
+    if importlib.util.find_spec("transformers") is not None:
+        loggings.append(importlib.import_module("transformers.utils.logging"))
+    before = [(logging.get_verbosity(), logging.is_progress_bar_enabled()) for logging in loggings]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        for logging in loggings:
+            logging.set_verbosity_error()
+            logging.disable_progress_bar()
+        try:
+            yield
+        finally:
+            for logging, (verbosity, bar) in zip(loggings, before, strict=True):
+                logging.set_verbosity(verbosity)
+                if bar:
+                    logging.enable_progress_bar()
 
 
 def _own_class(folder: Path) -> Any:

@@ -57,14 +57,18 @@ MODELS = {
 def test_a_saved_pipeline_from_a_folder_of_pictures_to_a_map(name, saved, tmp_path):
     rows, arguments = MODELS[name]
     data = images(tmp_path / "data", rows)
-    result = invoke("fit", "--model", saved(name), "--data", data, "--out", tmp_path / "posterior", "--dataset-size", 100)
+    result = invoke(
+        "fit", "--model", saved(name), "--data", data, "--out", tmp_path / "posterior", "--dataset-size", 100
+    )
     assert result.exit_code == 0, result.output
     assert "4 images" in result.output
     names = sorted(p.name for p in (tmp_path / "posterior").iterdir())
     assert names[1:] == ["posterior.json", "settings.json"]  # and no checkpoint
     kept = LaplacePosterior.load(tmp_path / "posterior")
     assert (kept.num_images, kept.dataset_size) == (4, 100)
-    own = bd.fit(made(name), data, dataset_size=100, batch_size=16, generator=torch.Generator().manual_seed(0), progress=False)
+    own = bd.fit(
+        made(name), data, dataset_size=100, batch_size=16, generator=torch.Generator().manual_seed(0), progress=False
+    )
     torch.testing.assert_close(kept.precision, own.precision, rtol=1e-4, atol=1e-4 * float(own.precision.abs().max()))
     record = json.loads((tmp_path / "posterior/settings.json").read_text())
     assert record["command"] == "fit"
@@ -73,7 +77,9 @@ def test_a_saved_pipeline_from_a_folder_of_pictures_to_a_map(name, saved, tmp_pa
 
     few = ("--steps", 3, "--num-tangents", 2, "--seed", 5)
     out = tmp_path / "maps"
-    result = invoke("map", "--model", saved(name), "--posterior", tmp_path / "posterior", "--out", out, *few, *arguments)
+    result = invoke(
+        "map", "--model", saved(name), "--posterior", tmp_path / "posterior", "--out", out, *few, *arguments
+    )
     assert result.exit_code == 0, result.output
     count = 2 if name == "ddim-pixels" else 1
     record = json.loads((out / "settings.json").read_text())
@@ -207,12 +213,16 @@ MAP = {
     "class-for-nothing": ("ddim-pixels", ("--class", 1), "which has no classes"),
     "class-by-an-unknown-name": ("dit-ddim", ("--class", "zebra"), "as a number"),
     "guidance-for-nothing": ("ddim-pixels", ("--guidance-scale", 2), "expected no --guidance-scale for DDIMPipeline"),
-    "steps": ("sd-ddim-guided", ("--prompt", "a", "--steps", 1001), "expected --steps that DDIMScheduler can take, got 1001"),
+    "steps": (
+        "sd-ddim-guided",
+        ("--prompt", "a", "--steps", 1001),
+        "expected --steps that DDIMScheduler can take, got 1001",
+    ),
     "seed": ("sd-ddim-guided", ("--prompt", "a", "--seed", 10**20), "expected --seed below 2**63"),
     "device": ("sd-ddim-guided", ("--prompt", "a", "--device", "meta"), "'meta'"),
     "extra-calls": ("sd-ddim-guided", ("--prompt", "a", "--extra-calls", "inf"), "finite and > 0, got inf"),
     "scheduler-of-a-flow": ("sd3", ("--prompt", "a", "--scheduler", "ddim"), "leave it out"),
-    "image-to-image": ("img2img-ddim", ("--prompt", "a"), "expected a pipeline that draws from a prompt"),
+    "video-of-an-image": ("svd", (), "expected a pipeline that draws from a prompt, a class, or nothing"),
     "no-posterior": ("sd-ddim-guided", ("--prompt", "a"), "make one with bayesdiff fit"),
 }
 
@@ -225,7 +235,9 @@ def test_mistakes_in_map_are_one_line(name, saved, tmp_path):
 
 
 def test_the_posterior_of_another_model(saved, posterior, tmp_path):
-    result = invoke("map", "--model", saved("sd-ddim-guided"), "--posterior", posterior, "--prompt", "a", "--out", tmp_path / "out")
+    result = invoke(
+        "map", "--model", saved("sd-ddim-guided"), "--posterior", posterior, "--prompt", "a", "--out", tmp_path / "out"
+    )
     assert result.exit_code == 2
     assert len(result.stderr.splitlines()) == 1
     assert not (tmp_path / "out").exists()
