@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from bayesdiff import zoo as zoo
     from bayesdiff.checks import BayesdiffError as BayesdiffError
     from bayesdiff.checks import BayesdiffWarning as BayesdiffWarning
+    from bayesdiff.data import open_images as open_images
     from bayesdiff.diffusion.density import LogitNormal as LogitNormal
     from bayesdiff.diffusion.density import TruncatedNormal as TruncatedNormal
     from bayesdiff.diffusion.weighting import P2 as P2
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from bayesdiff.head.find import Head as Head
     from bayesdiff.head.find import find_head as find_head
     from bayesdiff.laplace import links as links
+    from bayesdiff.laplace.checkpoint import Checkpoint as Checkpoint
     from bayesdiff.laplace.loss import L1 as L1
     from bayesdiff.laplace.loss import Huber as Huber
     from bayesdiff.laplace.loss import PseudoHuber as PseudoHuber
@@ -37,6 +39,7 @@ _MODULES = {
     "BayesDiff": "propagation.settings",
     "BayesdiffError": "checks",
     "BayesdiffWarning": "checks",
+    "Checkpoint": "laplace.checkpoint",
     "Ensemble": "propagation.settings",
     "Gaussian": "gaussian",
     "Head": "head.find",
@@ -56,6 +59,7 @@ _MODULES = {
     "features": "fitting",
     "fit": "fitting",
     "links": "laplace.links",
+    "open_images": "data",
     "propagate": "pipeline",
     "rng": "rng",
     "zoo": "zoo",

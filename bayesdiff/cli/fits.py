@@ -28,7 +28,8 @@ class FitOptions:
     out: Path
     prompt: str | None
     dataset_size: int | None
-    draws_per_image: int
+    training_draws: float | None
+    draws_per_image: int | None
     size: int | None
     convert: bool
     structure: str
@@ -42,9 +43,7 @@ class FitOptions:
 
 def run_fit(o: FitOptions) -> None:
     """Run the command. Everything that can be wrong is looked at before the first network call."""
-    for name in ("draws_per_image", "batch_size"):
-        check_int(f"--{name.replace('_', '-')}", getattr(o, name), least=1)
-    for name in ("dataset_size", "size"):
+    for name in ("draws_per_image", "batch_size", "dataset_size", "size"):
         if getattr(o, name) is not None:
             check_int(f"--{name.replace('_', '-')}", getattr(o, name), least=1)
     show.check_seed(o.seed)
@@ -63,7 +62,8 @@ def run_fit(o: FitOptions) -> None:
     if begun:
         show.say("going on where an earlier fit was stopped")
     seconds: dict[str, float] = {}
-    settings: dict[str, Any] = {"structure": o.structure, "covariance": o.covariance, "dataset_size": o.dataset_size}
+    settings: dict[str, Any] = {"structure": o.structure, "covariance": o.covariance, "dataset_size": o.dataset_size,
+                                "training_draws": o.training_draws}  # fmt: skip
     with show.timed(seconds, "fit"):
         posterior = fit(
             pipe, data, draws_per_image=o.draws_per_image, batch_size=o.batch_size, checkpoint=checkpoint,

@@ -58,7 +58,19 @@ def fit_command(
         int | None,
         typer.Option(help="N, the images that the model was trained on; by default those given.", show_default=False),
     ] = None,
-    draws_per_image: Annotated[int, typer.Option(help="Timesteps and noises drawn for each image.")] = 1,
+    training_draws: Annotated[
+        float | None,
+        typer.Option(
+            help="M, how often each image was drawn in the training: steps × batch size / N.", show_default=False
+        ),
+    ] = None,
+    draws_per_image: Annotated[
+        int | None,
+        typer.Option(
+            help="Timesteps and noises drawn for each image; by default 4 beside --training-draws, else 1.",
+            show_default=False,
+        ),
+    ] = None,
     size: Annotated[
         int | None, typer.Option(help="Height and width of the images; by default the model's.", show_default=False)
     ] = None,
@@ -86,6 +98,7 @@ def fit_command(
                 out=out,
                 prompt=prompt,
                 dataset_size=dataset_size,
+                training_draws=training_draws,
                 draws_per_image=draws_per_image,
                 size=size,
                 convert=convert,

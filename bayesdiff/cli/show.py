@@ -22,7 +22,8 @@ from bayesdiff.laplace.posterior import LaplacePosterior
 def fit_shipped(pipe: Any, data: Any, seed: int, **kwargs: Any) -> LaplacePosterior:
     say(f"fitting the posterior to {data.num_images} of {data.dataset_size} training images")
     generator = Generator().manual_seed(seed)
-    return fit(pipe, data, dataset_size=data.dataset_size, generator=generator, progress=has_terminal(), **kwargs)
+    known = {"dataset_size": data.dataset_size, "training_draws": data.training_draws}
+    return fit(pipe, data, generator=generator, progress=has_terminal(), **known, **kwargs)
 
 
 def describe(posterior: LaplacePosterior) -> dict[str, Any]:
