@@ -18,9 +18,9 @@ from bayesdiff.rng import item_generator
 
 
 def draw(
-    scheduler: Any, shape: tuple[int, ...], seed: int, first: int, count: int, draws: int, begin: int = 0
+    scheduler: Any, shape: tuple[int, ...], seed: int, first: int, count: int, draws: int
 ) -> tuple[Tensor, Tensor]:
-    """Timesteps and noise for images ``first`` … ``first + count − 1``, draws ``begin`` … ``begin + draws − 1`` of each, image by image.
+    """Timesteps and noise for images ``first`` … ``first + count − 1``, ``draws`` of each, image by image.
 
     Returns:
         t ``(count·draws,)`` (int64; float64 for flow matching) and noise ``(count·draws, *shape)`` float32.
@@ -28,7 +28,7 @@ def draw(
     num_t = int(scheduler.config.num_train_timesteps)
     timesteps, noise = [], []
     for image in range(first, first + count):
-        for j in range(begin, begin + draws):
+        for j in range(draws):
             generator = item_generator(seed, image, j)
             if is_flow(scheduler):
                 timesteps.append(torch.rand((), generator=generator, dtype=torch.float64) * num_t)

@@ -48,7 +48,9 @@ def batches(data: Any, prompts: Any, batch_size: int) -> Iterator[Batch]:
         own = [prompts] * len(images) if listed is None else listed[first : first + len(images)]
         first += len(images)
         if len(own) < len(images):
-            raise ArgumentError(f"expected a prompt for each image, got {len(listed or ())} for {first} images and more")
+            raise ArgumentError(
+                f"expected a prompt for each image, got {len(listed or ())} for {first} images and more"
+            )
         yield images, {"prompts": own, **conditioning}
     if listed is not None and first < len(listed):
         raise ArgumentError(f"expected {first} prompts, one for each image, got {len(listed)}")
@@ -84,7 +86,11 @@ def split(batch: Any) -> Batch:
         raise ArgumentError(f"expected a tensor or a mapping with the key 'images', got {keys}")
     columns: dict[str, Any] = {}
     for name, value in batch.items():
-        if isinstance(value, (list, tuple)) and name != "images" and not all(isinstance(v, (int, float)) for v in value):
+        if (
+            isinstance(value, (list, tuple))
+            and name != "images"
+            and not all(isinstance(v, (int, float)) for v in value)
+        ):
             columns[name] = list(value)
             continue
         try:

@@ -144,9 +144,7 @@ def fit(
             bar.update(len(x))
     if statistics is None:
         raise EmptyDataError("expected at least one image to fit to, got none")
-    return LaplacePosterior.from_statistics(
-        statistics, source.observer.head, num_timesteps=num_timesteps, **settings
-    )
+    return LaplacePosterior.from_statistics(statistics, source.observer.head, num_timesteps=num_timesteps, **settings)
 
 
 def source_of(
@@ -197,7 +195,14 @@ class Steps:
     """
 
     def __init__(
-        self, source: Source, clean: Clean, conditioning: Mapping[str, Any], seed: int, first: int, draws: int, rows: int
+        self,
+        source: Source,
+        clean: Clean,
+        conditioning: Mapping[str, Any],
+        seed: int,
+        first: int,
+        draws: int,
+        rows: int,
     ) -> None:
         self.source, self.clean, self.conditioning = source, clean, conditioning
         self.first, count = first, len(clean)
@@ -212,7 +217,9 @@ class Steps:
             ])  # fmt: skip
         # Few images with many draws: an image has several rows in a call.
         self.together = max(k for k in range(1, draws + 1) if draws % k == 0 and (k == 1 or k * count <= rows))
-        self.order = torch.arange(count * draws).view(count, draws // self.together, self.together).transpose(0, 1).flatten(1)
+        self.order = (
+            torch.arange(count * draws).view(count, draws // self.together, self.together).transpose(0, 1).flatten(1)
+        )
         self.images = torch.arange(count).repeat_interleave(draws)
 
     def at(self, step: int) -> tuple[Tensor, Tensor]:
