@@ -25,10 +25,9 @@ def draw(
     first: int,
     count: int,
     draws: int,
-    begin: int = 0,
     density: Density | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Timesteps and noise for some images, image by image.
+    """Timesteps and noise for images ``first`` … ``first + count − 1``, ``draws`` of each, image by image.
 
     Args:
         scheduler: Whose timesteps they are; T of them.
@@ -36,8 +35,7 @@ def draw(
         seed: The base seed.
         first: Number of the first image.
         count: Images.
-        draws: Of each, from number ``begin`` on.
-        begin: See ``draws``.
+        draws: Of each.
         density: Of t/T; None: uniform. Where timesteps are whole numbers, t = ⌊uT⌋.
 
     Returns:
@@ -46,7 +44,7 @@ def draw(
     num_t = int(scheduler.config.num_train_timesteps)
     timesteps, noise = [], []
     for image in range(first, first + count):
-        for j in range(begin, begin + draws):
+        for j in range(draws):
             generator = item_generator(seed, image, j)
             if density is not None:
                 u = sample(density, generator) * num_t

@@ -99,12 +99,12 @@ def check_levels(scheduler: Any, timesteps: Tensor) -> None:
         return
     wanted = [sigma] if is_flow(scheduler) else [sigma, sigma / alpha.clamp(min=1e-6)]
     # Between timesteps the schedule is interpolated in one way or another; at zero signal σ/α is any large number.
-    apart = [float(((kept - w).abs() / w.clamp(min=0.02))[(w < 100)].amax().nan_to_num()) if bool((w < 100).any()) else 0.0 for w in wanted]
+    apart = [float((((kept - w).abs() / w.clamp(min=0.02)) * (w < 100)).nan_to_num().max()) for w in wanted]
     if min(apart) > 0.1:
         raise UnsupportedSchedulerError(
             f"expected {type(scheduler).__name__} to have the noise levels of its timesteps, σ = {_few(wanted[0])} or σ/α = "
-            f"{_few(wanted[-1])} at {_few(timesteps)}, got {_few(kept)}: its network is told another time than t; fit the network, "
-            "with scheduler=… and call=…"
+            f"{_few(wanted[-1])} at {_few(timesteps)}, got {_few(kept)}: its network is told another time than t; fit the "
+            "network, with scheduler=… and call=…"
         )
 
 

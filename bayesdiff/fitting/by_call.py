@@ -46,7 +46,9 @@ class ByCall:
             raise ArgumentError(
                 "expected a pipeline to encode prompts, got a network: give the pipeline, or encode them and give the embeddings"
             )
-        channels = getattr(getattr(self.network, "config", None), "in_channels", None) if self.call is as_diffusers else None
+        channels = (
+            getattr(getattr(self.network, "config", None), "in_channels", None) if self.call is as_diffusers else None
+        )
         if images.ndim < 2 or (channels is not None and images.ndim != 4 and channels not in images.shape[1:]):
             raise ShapeError(f"expected images (n, channels, height, width), got {tuple(images.shape)}")
         if channels is not None and images.ndim == 4 and images.shape[1] != channels:

@@ -1,12 +1,14 @@
 """Training steps of a network by the call of its pipeline.
 
 Before the work, a few runs with the network's outputs left at zero (it is called once) show whether the pipeline can be
-followed: guidance off, so that each sample is one row of the network's; the noisy sample reaching the network unchanged; and rows of
-their own timesteps getting what they would get alone. Where a pipeline takes one timestep for all rows, they are run one by one.
+followed: guidance off, so that each sample is one row of the network's; the noisy sample reaching the network unchanged; and rows
+with timesteps of their own getting what they would get alone. Where a pipeline takes one timestep for all rows, what tells the
+network of it is replaced (:mod:`bayesdiff.fitting.told`), or the rows are run one by one.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,15 +16,21 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
-from bayesdiff.checks import ArgumentError, BayesdiffError, ShapeError, UnsupportedPipelineError
+from bayesdiff.checks import ArgumentError, BayesdiffError, BayesdiffWarning, ShapeError, UnsupportedPipelineError
 from bayesdiff.diffusion.parametrization import check_levels
-from bayesdiff.fitting.driven import DrivenPipe, Watched
+from bayesdiff.fitting.driven import ERRORS, DrivenPipe, Watched
 from bayesdiff.fitting.keywords import Keywords
 from bayesdiff.fitting.samples import Clean, Encoder, are_pixels
 from bayesdiff.fitting.seen import Observer, Seen, alike
+from bayesdiff.fitting.told import Told
+from bayesdiff.head.numbers import tensor_of
 
 #: Numbers of rows that are run together and alone may differ by this, relative to the largest.
 ALIKE = 1e-3
+#: Shares of T: two timesteps at which a pipeline is looked at; others where another network is called at these.
+LOOKED_AT = ((0.25, 0.75), (0.85, 0.95), (0.02, 0.1))
+#: And those at which it is asked how the network is told t.
+ASKED_AT = (0.25, 0.75, 0.03, 0.5, 0.98)
 
 Consume = Callable[[int, list[int], Seen], None]
 
@@ -50,6 +58,8 @@ class ByPipe:
         self.scheduler = pipe.scheduler if scheduler is None else scheduler
         self.space, self.drawn = space, encode == "sample"
         self.together = True
+        self.told: Told | None = None
+        self._left_out = False
         self._vae = _encoder(pipe, network)
         self._encoder: Encoder | None = None
         self._dtype: torch.dtype | None = None
@@ -103,29 +113,35 @@ class ByPipe:
     ) -> None:  # fmt: skip
         keywords = self.keywords.call(conditioning, rows, [first + r for r in rows], len(timesteps) + 1)
         replaced = self.keywords.inputs(conditioning, rows)
-        calls = 0
+        called = -1
+        given = timesteps if self.told is None else [t.flatten()[0] for t in timesteps]
 
         def on_network(n: int, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            nonlocal calls
-            calls += 1
-            if calls > n + 1:
+            nonlocal called
+            if called == n:
                 raise UnsupportedPipelineError(
                     f"expected {type(self.pipe).__name__} to call {type(self.network).__name__} once in a step, got several calls"
                 )
+            called = n
+            if self.told is not None:
+                args, kwargs = self.told.replace(args, kwargs, timesteps[n])
             kwargs = {**kwargs, **replaced}
             self.observer.begin(alike(args, kwargs))
             return original(*args, **kwargs)
 
         def on_step(n: int, output: Tensor) -> None:
-            if calls != n + 1:
-                raise UnsupportedPipelineError(
-                    f"expected {type(self.pipe).__name__} to call {type(self.network).__name__} once in a step, got no call: where "
-                    "networks take turns by the noise level, each has its own timesteps"
-                )
-            seen(n, self.observer.arrived(output))
+            if called == n:
+                seen(n, self.observer.arrived(output))
+            elif not self._left_out:
+                self._left_out = True
+                warnings.warn(
+                    f"{type(self.pipe).__name__} calls another network than the one with {self.observer.head.path!r} at t = "
+                    f"{float(timesteps[n].flatten()[0]):.4g}: such draws are left out, as they were in its training",
+                    BayesdiffWarning, stacklevel=2,
+                )  # fmt: skip
 
         try:
-            self.driven.run(keywords, timesteps, sample, on_network, on_step)
+            self.driven.run(keywords, given, sample, on_network, on_step)
         finally:
             self.observer.close()
 
@@ -141,7 +157,8 @@ class ByPipe:
             made, wanted = self._encoder.latent, self._encoder.encoded(images[:1])
             if made != wanted and self.keywords.size and len(made) == len(wanted):
                 # The pipe believes that its encoder has another factor: it is asked for what gives samples of this size.
-                ratios = dict(zip(("width", "height"), (w / m for w, m in zip(wanted[:-3:-1], made[:-3:-1], strict=True)), strict=True))
+                sides = zip(("width", "height"), wanted[:-3:-1], made[:-3:-1], strict=True)
+                ratios = {side: w / m for side, w, m in sides}
                 self.keywords.size = {k: round(v * ratios.get(k, 1.0)) for k, v in self.keywords.size.items()}
                 watched = self._follow(images, conditioning, sized=True)
                 self._encoder = self._encoding(watched, conditioning)
@@ -152,7 +169,11 @@ class ByPipe:
             raise ShapeError(
                 f"expected samples {tuple(watched.sample.shape[1:])}, as {type(self.pipe).__name__} makes them, got data "
                 f"{tuple(expected)}"
-                + ("" if self._vae is None else "; images are encoded where they have the channels that its encoder takes")
+                + (
+                    ""
+                    if self._vae is None
+                    else "; images are encoded where they have the channels that its encoder takes"
+                )
             )
 
     def _encoding(self, watched: Watched, conditioning: Mapping[str, Any]) -> Encoder:
@@ -204,21 +225,23 @@ class ByPipe:
 
     def _follow(self, images: Tensor, conditioning: Mapping[str, Any], sized: bool = False) -> Watched:
         """Guidance off, x unchanged at the network, and whether rows may have timesteps of their own."""
-        rows = [0, min(1, len(images) - 1)]
-        self.together = True
         branches, refused, alone = 0.0, None, []
         for settings in self.keywords.unguided():
             self.keywords.guidance = settings
+            rows, self.together, self.told = [0, min(1, len(images) - 1)], True, None
             try:
                 watched = self._one(conditioning) if sized else self._watch(images, conditioning)
                 check_levels(watched.scheduler, watched.timesteps)
-                times = self._times(watched)
                 x = _unlike_others((2, *watched.sample.shape[1:])).to(watched.sample)
-                try:
-                    alone = self._arguments(conditioning, rows, list(times), x)
-                except UnsupportedPipelineError:  # one image at a time
-                    alone = self._arguments(conditioning, rows[:1], list(times), x[:1])
-                    x, self.together = x[:1], False
+                for shares in LOOKED_AT:
+                    times = self._times(watched, shares)
+                    try:
+                        alone = self._arguments(conditioning, rows, list(times), x)
+                    except UnsupportedPipelineError:  # one image at a time
+                        x, rows, self.together = x[:1], rows[:1], False
+                        alone = self._arguments(conditioning, rows, list(times), x)
+                    if all(alone):
+                        break
             except (ArgumentError, UnsupportedPipelineError) as error:
                 if isinstance(error, ArgumentError) and not settings:
                     raise
@@ -232,23 +255,49 @@ class ByPipe:
             if refused is not None and not alone:
                 raise refused
             self._refuse(branches)
-        if not self.together:
+        if len(rows) == 1:
             return watched
         try:
             (together,) = self._arguments(conditioning, rows, [times], x)
+            self.together = _rows_alike(together, alone[0], alone[1])
         except (ArgumentError, UnsupportedPipelineError):
             self.together = False
-        else:
-            self.together = _rows_alike(together, alone[0], alone[1])
+        if not self.together:
+            self._tell(conditioning, rows, watched, x)
         return watched
 
-    def _times(self, watched: Watched) -> Tensor:
-        """Two timesteps."""
+    def _tell(self, conditioning: Mapping[str, Any], rows: list[int], watched: Watched, x: Tensor) -> None:
+        """Whether the network can be told a timestep for each row, where the pipeline tells it one."""
+        times = self._times(watched, ASKED_AT)
+        told = Told.read(self._arguments(conditioning, rows, list(times), x), times.tolist())
+        if told is None:
+            return
+        apart: list[float] = []
+
+        def on_network(n: int, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            one = original(*args, **kwargs)
+            args, kwargs = told.replace(args, kwargs, times[:1].expand(len(rows)))
+            try:
+                each, plain = tensor_of(original(*args, **kwargs)).double(), tensor_of(one).double()
+                apart.append(float((each - plain).abs().max() / plain.abs().max().clamp(min=1e-12)))
+            except torch.OutOfMemoryError:
+                raise
+            except ERRORS:  # it takes one number only
+                apart.append(float("inf"))
+            return one
+
+        keywords = self._call(conditioning, rows, 2)
+        self.driven.run(keywords, [times[0]], lambda _: x / 64, on_network, lambda *_: None)
+        if max(apart) <= ALIKE:
+            self.together, self.told = True, told
+
+    def _times(self, watched: Watched, shares: tuple[float, ...]) -> Tensor:
+        """Timesteps at these shares of T."""
         self._dtype = watched.timesteps.dtype
         if self._dtype.is_floating_point:
             self._dtype = torch.promote_types(self._dtype, watched.sample.dtype)
         total = float(self.scheduler.config.num_train_timesteps)
-        return self.timesteps(torch.tensor([0.25 * total, 0.75 * total], dtype=torch.float64))
+        return self.timesteps(torch.tensor(shares, dtype=torch.float64) * total)
 
     def _refuse(self, branches: float) -> None:
         name = type(self.pipe).__name__
@@ -259,8 +308,8 @@ class ByPipe:
             )
         raise UnsupportedPipelineError(
             f"expected {name} to call its network without guidance, one row for each sample, got {branches:g}; no keyword among "
-            f"{', '.join(dict.fromkeys(n for s in self.keywords.unguided() for n in s)) or 'none'} turns it off; fit the network, with "
-            "scheduler=… and call=…"
+            f"{', '.join(dict.fromkeys(n for s in self.keywords.unguided() for n in s)) or 'none'} turns it off; fit the "
+            "network, with scheduler=… and call=…"
         )
 
     def _arguments(
@@ -282,7 +331,12 @@ class ByPipe:
 def _encoder(pipe: Any, network: nn.Module) -> nn.Module | None:
     """The pipeline's component that encodes and decodes."""
     for value in vars(pipe).values():
-        if isinstance(value, nn.Module) and value is not network and hasattr(value, "encode") and hasattr(value, "decode"):
+        if (
+            isinstance(value, nn.Module)
+            and value is not network
+            and hasattr(value, "encode")
+            and hasattr(value, "decode")
+        ):
             return value
     return None
 
@@ -324,9 +378,10 @@ def _rows_alike(together: list[Any], first: list[Any], second: list[Any]) -> boo
         elif v.shape == a.shape == b.shape:  # a list's entry, or the same for all
             if not (_near(v, a) or _near(v, b)) or (v.numel() == 1 and not (_near(v, a) and _near(v, b))):
                 return False
-        elif not (v.numel() == 2 and a.numel() == b.numel() == 1):
-            return False
-        elif not (_near(v.flatten()[:1], a.flatten()) and _near(v.flatten()[1:], b.flatten())):
+        elif not (
+            v.numel() == 2 and a.numel() == b.numel() == 1
+            and _near(v.flatten()[:1], a.flatten()) and _near(v.flatten()[1:], b.flatten())
+        ):  # fmt: skip
             return False
     return True
 

@@ -1,9 +1,9 @@
 """A pipeline's own loop, run on timesteps and noisy samples that are handed to it.
 
 A training step calls the network as the pipeline does: the same encoders, the same other inputs, t as this network is told it,
-the output with the sign and in the place that the scheduler takes it. So the pipeline itself is run. Only its scheduler is another:
-``timesteps`` are those that were drawn, ``scale_model_input`` changes nothing, and ``step`` notes the model output and returns
-the next noisy sample. Nothing of the pipeline is recognised, and all of it is used.
+the output with the sign and in the place that the scheduler takes it. So the pipeline itself is run. Only its scheduler is
+another: ``timesteps`` are those that were drawn, ``scale_model_input`` changes nothing, and ``step`` notes the model output and
+returns the next noisy sample. Nothing of the pipeline is recognised, and all of it is used.
 
 The pipe, its scheduler and its modules are left as they were: the scheduler is a copy in a shallow copy of the pipe.
 """
@@ -35,7 +35,7 @@ OnNetwork = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 OnDecode = Callable[[nn.Module, Tensor], None]
 
 
-class Stopped(BaseException):  # noqa: N818
+class Stopped(BaseException):
     """Ends a pipeline's run; no pipeline catches it."""
 
 
@@ -200,7 +200,10 @@ class DrivenPipe:
             with torch.no_grad():
                 output = original(*args, **kwargs)
             self._outputs[key] = tree_map(
-                lambda f: torch.zeros((), dtype=f.dtype, device=f.device).expand(f.shape) if isinstance(f, Tensor) else f, output
+                lambda f: (
+                    torch.zeros((), dtype=f.dtype, device=f.device).expand(f.shape) if isinstance(f, Tensor) else f
+                ),
+                output,
             )
         return tree_map(lambda f: f.clone() if isinstance(f, Tensor) else f, self._outputs[key])
 

@@ -38,7 +38,9 @@ class Keywords:
         self.open = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
         self.parameters = dict(itertools.islice(parameters.items(), 1, None))
         self.required = [
-            n for n, p in self.parameters.items() if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
+            n
+            for n, p in self.parameters.items()
+            if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
         ]
         self._inner = inspect.signature(network.forward).parameters
         self.given = dict(given or {})
@@ -94,8 +96,8 @@ class Keywords:
         missing = [n for n in self.required if n not in known and n != "prompt"]
         if missing and not (len(missing) == 1 and None in places):
             raise ArgumentError(
-                f"expected data with {', '.join(map(repr, missing))}, which {type(self.pipe).__name__} must be told for each image, "
-                f"got {', '.join(map(repr, conditioning)) or 'images only'}"
+                f"expected data with {', '.join(map(repr, missing))}, which {type(self.pipe).__name__} must be told for each "
+                f"image, got {', '.join(map(repr, conditioning)) or 'images only'}"
             )
         labels = conditioning.get("class_labels")
         if labels is not None:
@@ -174,4 +176,3 @@ def _rows(values: Any, rows: list[int], *, labels: bool = False) -> Any:
         chosen = values[torch.tensor(rows, device=values.device)]
         return [int(v) for v in chosen] if labels else chosen
     return [int(values[r]) if labels else values[r] for r in rows]
-

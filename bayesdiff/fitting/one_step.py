@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from bayesdiff.checks import ArgumentError, ShapeError
+from bayesdiff.checks import ArgumentError, ShapeError, UnsupportedPipelineError
 from bayesdiff.data import framing_of, known_classes, open_images
 from bayesdiff.diffusion.noising import noised
 from bayesdiff.fitting.by_call import Call, check_images
@@ -79,7 +79,14 @@ def features(
         prompts: As of :func:`bayesdiff.fit`.
         timesteps: t of each image, ``(n,)``, from 0 to the scheduler's ``num_train_timesteps``.
         noise: ε, ``(n, *sample)``, in the scheduler's form of samples; drawn by default.
-        scheduler, call, pipe_kwargs, space, size, value_range, convert, head: As of :func:`bayesdiff.fit`.
+        scheduler: As of :func:`bayesdiff.fit`.
+        call: As of :func:`bayesdiff.fit`.
+        pipe_kwargs: As of :func:`bayesdiff.fit`.
+        space: As of :func:`bayesdiff.fit`.
+        size: As of :func:`bayesdiff.fit`.
+        value_range: As of :func:`bayesdiff.fit`.
+        convert: As of :func:`bayesdiff.fit`.
+        head: As of :func:`bayesdiff.fit`.
         encode: ``"mean"`` of the encoder's posterior, or a ``"sample"``.
         generator: For the noise, and for the encoder's.
 
@@ -117,5 +124,10 @@ def features(
     source.run(
         conditioning, list(range(len(x))), 0, lambda _: noisy, [t], lambda _, rows, seen: parts.append((rows, seen))
     )
+    if sum(len(rows) for rows, _ in parts) < len(x):
+        raise UnsupportedPipelineError(
+            f"expected the network with {source.observer.head.path!r} to be called at all these timesteps, got {timesteps}: "
+            "another network has some of them"
+        )
     inputs, output = (torch.cat([getattr(seen, name) for _, seen in parts]) for name in ("inputs", "output"))
     return Features(source.observer.head, inputs, noisy, target, output, t)

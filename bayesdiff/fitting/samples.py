@@ -1,7 +1,7 @@
 r"""From images to what a scheduler calls a sample, and the place of a pipeline's decoder in it.
 
-Between its last sample x and the decoder a pipeline unpacks, scales, shifts: :math:`z_i = s_i x_{j(i)} + b_i`. The map is read off with
-tangents of x, and its inverse takes what the encoder returns to samples. The noise of the encoder's own posterior is drawn
+Between its last sample x and the decoder a pipeline unpacks, scales, shifts: :math:`z_i = s_i x_{j(i)} + b_i`. The map is
+read off with tangents of x, and its inverse takes what the encoder returns to samples. The noise of the encoder's own posterior is drawn
 anew for each draw, as training draws it.
 """
 
@@ -71,8 +71,8 @@ class Encoder:
         if not apart <= allowed or len(index) != len(x) or len(index.unique()) != len(x) or bool((ones == 0).any()):
             raise UnsupportedPipelineError(
                 f"expected what enters {type(first.decoder).__name__}.decode to be the last sample {tuple(sample.shape)}, "
-                f"permuted, scaled and shifted, got {len(index.unique())} of {len(x)} numbers in {len(index)} places, off by up to "
-                f"{apart:.2g}; encode the images, and give them as samples"
+                f"permuted, scaled and shifted, got {len(index.unique())} of {len(x)} numbers in {len(index)} places, off by up "
+                f"to {apart:.2g}; encode the images, and give them as samples"
             )
         self.vae, self.latent, self.sample = first.decoder, z.shape, sample.shape
         self.dtype = z.dtype
@@ -107,7 +107,8 @@ class Encoder:
             x = x.transpose(1, 2).flatten(0, 1)
         try:
             with torch.no_grad():
-                return _moments(vae.encode(x))
+                encode: Any = vae.encode
+                return _moments(encode(x))
         except torch.OutOfMemoryError:
             raise
         except ERRORS as error:

@@ -91,8 +91,8 @@ class Fold:
         # Channels may be left out (a learned variance), but the same everywhere.
         if mixed or not bool((places == places[:1]).all()):
             raise UnsupportedHeadError(
-                f"expected the network to return the same channels of {head.path!r} for each {'token' if linear else 'place'}, got "
-                f"{residual.numel()} of {len(owner)} numbers in a pattern of their own"
+                f"expected the network to return the same channels of {head.path!r} for each {'token' if linear else 'place'}, "
+                f"got {residual.numel()} of {len(owner)} numbers in a pattern of their own"
             )
         if not linear:
             by_row = whose

@@ -151,7 +151,9 @@ def auraflow(pipe, images, t, noise):
 def normalised(pipe, images):
     """Qwen's and Wan's latents: each channel by its own mean and standard deviation."""
     z = pipe.vae.encode(images).latent_dist.mode()
-    mean, std = (torch.tensor(getattr(pipe.vae.config, k)).view(1, -1, 1, 1, 1).to(z) for k in ("latents_mean", "latents_std"))
+    mean, std = (
+        torch.tensor(getattr(pipe.vae.config, k)).view(1, -1, 1, 1, 1).to(z) for k in ("latents_mean", "latents_std")
+    )
     return (z - mean) / std
 
 

@@ -86,11 +86,15 @@ def relative(a, b):
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_step_is_that_of_the_models_own_recipe(name):
     recipe, head, given = RECIPES[name]
-    pipe, data = double(MADE[name]()), data_of(name)
+    pipe, data = MADE[name](), data_of(name)
+    if name == "wan-euler":  # its convolutions over frames take minutes in float64
+        data["images"] = data["images"].float()
+    else:
+        double(pipe)
     flows = "FlowMatch" in type(pipe.scheduler).__name__
     t = torch.tensor([30.5, 500.25, 950.125], dtype=torch.float64) if flows else torch.tensor([20, 500, 950])
     probe = bd.features(pipe, data, timesteps=t, pipe_kwargs=given, generator=torch.Generator().manual_seed(3))
-    noise = torch.randn(probe.noisy.shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    noise = torch.randn(probe.noisy.shape, generator=torch.Generator().manual_seed(4)).to(data["images"])
     found = bd.features(pipe, data, timesteps=t, noise=noise, pipe_kwargs=given)
     inputs, output, target = by_hand(recipe, pipe, head, data, t, noise)
     assert found.head.path == head
