@@ -252,11 +252,11 @@ class LaplacePosterior:
         """Where the mean predictive variance comes from, by timestep bin.
 
         Returns:
-            One row for each bin: ``t_low`` and ``t_high``, its timesteps; ``between``, the variance by which images were in the
-            data set (A/N), and ``within``, that by their M draws of (t, ε) (B/(NM)), in squared units of the network's output,
-            means over the features of the bin and the output channels; ``share_between`` and ``share_within``, which sum to 1.
-            They are unbiased estimates of the full sandwich, whatever the structure: what is next to nothing between images may
-            come out below 0.
+            One row for each bin that has draws: ``t_low`` and ``t_high``, its timesteps; ``between``, the variance by which
+            images were in the data set (A/N), and ``within``, that by their M draws of (t, ε) (B/(NM)), in squared units of the
+            network's output, means over the features of the bin and the output channels; ``share_between`` and
+            ``share_within``, which sum to 1. They are unbiased estimates of the full sandwich, whatever the structure: what is
+            next to nothing between images may come out below 0.
 
         Raises:
             ArgumentError: There was one draw of each image, or the covariance is not the sandwich.
@@ -270,6 +270,8 @@ class LaplacePosterior:
         rows = []
         for b, (between, within) in enumerate((self.temperature * self.origins).tolist()):
             total = between + within
+            if total == 0:  # no draws
+                continue
             rows.append({
                 "t_low": b * width, "t_high": (b + 1) * width, "between": between, "within": within,
                 "share_between": between / total, "share_within": within / total,

@@ -8,13 +8,14 @@ expected score and B that of a draw around it,
 (the analysis of variance of one-way random effects; Searle, Casella & McCulloch 1992). A network trained on N images with M
 draws each summed N·M scores, whose covariance is N M² (A + B/M), and with T = Σ_i ḡ_i ḡ_iᵀ/n
 
-    A + B/M  ≈  T − (1/m − 1/M) B̂,      1/m the mean of the 1/m_i
+    A + B/M  ≈  T − (1/m − 1/M) B̂,      Â = T − B̂/m,      1/m the mean of the 1/m_i
 
-without bias. For M ≤ m this is a sum of squares. For M > m it is a difference, and may be indefinite: then it is projected onto
-the positive semidefinite matrices, in the span of the scores and in the metric of the features, so that no units matter; and
-scaled to the mean predictive variance that it had, because what a projection cuts is noise on both sides of 0, and cutting one
-side only would make every variance too large (Amemiya 1985 is the remedy without the scale). Where even that mean leaves
-nothing for A, A is 0.
+without bias. For M ≤ m this is a sum of squares, and for M = m the plain sandwich. For M > m it is Â + B̂/M, and Â, a
+difference, is indefinite: then it is projected onto the positive semidefinite matrices, in the span of the scores and in the
+metric of the features, so that no units matter (Amemiya 1985); and scaled to the mean predictive variance that it had. What a
+projection cuts is one side of a noise around 0, and without the scale every variance is too large: on the shipped model, 400
+images, m = 4 and M = 8.5, by 40 %. (To project the sum and not Â is as good in size and has more noise.) Where that mean is
+below 0, A is 0.
 """
 
 from __future__ import annotations
@@ -107,37 +108,48 @@ def score_factor(scores: Scores, training_draws: float, precision: Tensor) -> tu
         return scores.total, 0.0
     if lack < 0:
         return torch.cat([scores.total, math.sqrt(-lack) * scores.within]), 0.0
-    total, within = scores.total, scores.within
+    between, share = between_factor(scores, precision)
+    return torch.cat([between, scores.within / math.sqrt(training_draws)]), share
+
+
+def between_factor(scores: Scores, precision: Tensor) -> tuple[Tensor, float]:
+    r"""A factor of A, projected and scaled as above.
+
+    Args:
+        scores: Of m draws.
+        precision: The metric of the features, ``(D, D)``, positive semidefinite.
+
+    Returns:
+        G ``(R, C, D)`` with :math:`G^\top G = A`, and the share that was cut.
+
+    Raises:
+        ArgumentError: No image has two draws.
+    """
     root, inverse = _roots(precision)
-    rows = torch.cat([total, math.sqrt(lack) * within]) @ inverse
-    signs = torch.cat([rows.new_ones(len(total)), -rows.new_ones(len(within))])
-    size = rows.square().sum((1, 2))
-    wanted, least = float((signs * size).sum()), float(size[len(total) :].sum()) / (lack * training_draws)
+    within = math.sqrt(scores.inverse_draws) * scores.within
+    rows = torch.cat([scores.total, within]) @ inverse
+    signs = torch.cat([rows.new_ones(len(scores.total)), -rows.new_ones(len(within))])
     factor, positive, negative = positive_part(rows.flatten(1), signs)
-    share = negative / positive if positive else 0.0
-    if wanted < least:
+    mean = positive - negative  # the trace
+    share = negative / positive if positive else 1.0
+    if mean <= 0:
         warnings.warn(
-            f"between images there is no more variance than {1 / scores.inverse_draws:.3g} draws of each would "
-            "show by themselves: A "
-            f"is taken for 0 (its estimate has {wanted - least:.3g} of mean predictive variance beside the "
-            f"{least:.3g} of B/M); more images, "
-            "or more draws_per_image, would tell",
+            "the scores differ no more between images than by the noise of their draws: A is taken for 0; more images, or "
+            "more draws_per_image, would tell",
             ProjectionWarning,
             stacklevel=2,
         )
-        return within / math.sqrt(training_draws), share
+        return within[:0], share
     if share > ROUNDING:
         warnings.warn(
-            f"the covariance of the scores over {training_draws:.4g} draws of each image, estimated from "
-            f"{1 / scores.inverse_draws:.3g}, is "
-            f"indefinite: negative eigenvalues with {share:.2%} of the sum of the positive ones were cut, and the "
-            "rest scaled to keep the "
-            "mean predictive variance; more images, or more draws_per_image, make this less",
+            "A, the covariance of the scores between images, is indefinite as estimated from "
+            f"{1 / scores.inverse_draws:.3g} draws of each: negative eigenvalues with {100 * share:.2g} % of the sum of the "
+            "positive ones were cut, and the rest was scaled to keep the mean predictive variance; more images, or as many "
+            "draws_per_image as training_draws, make this less",
             ProjectionWarning,
             stacklevel=2,
         )
-    factor = factor * math.sqrt(wanted / positive)
-    return factor.unflatten(1, rows.shape[1:]) @ root, share
+    return (factor * math.sqrt(mean / positive)).unflatten(1, rows.shape[1:]) @ root, share
 
 
 def positive_part(rows: Tensor, signs: Tensor) -> tuple[Tensor, float, float]:
