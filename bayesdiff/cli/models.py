@@ -39,7 +39,8 @@ def load_model(name: str, scheduler: str | None, dtype: torch.dtype) -> tuple[An
         ArgumentError: The scheduler is not one for this model.
     """
     if name in zoo.names():
-        return zoo.load(name, dtype=dtype, **({} if scheduler is None else {"scheduler": scheduler}))
+        with quiet():
+            return zoo.load(name, scheduler=scheduler, dtype=dtype)
     pipe = _load(name, dtype)
     if scheduler is not None:
         own = getattr(pipe, "scheduler", None)
@@ -64,13 +65,13 @@ def _load(name: str, dtype: torch.dtype) -> Any:
         )
     local = folder.exists()
     try:
-        own = _own_class(folder) if local else None
-        if own is not None:
+        with quiet():
+            own = _own_class(folder) if local else None
+            if own is None:
+                return DiffusionPipeline.from_pretrained(name, torch_dtype=dtype, local_files_only=local)
             pipe = own.from_pretrained(folder, local_files_only=True)
             torch.nn.Module.to(pipe.unet, dtype)  # diffusers' own .to() warns of an empty list of modules
             return pipe
-        with quiet():
-            return DiffusionPipeline.from_pretrained(name, torch_dtype=dtype, local_files_only=local)
     except _LOADING as error:
         kind = UnsupportedPipelineError if local else UnknownNameError
         raise kind(
