@@ -129,8 +129,7 @@ class Responder:
         self._known: list[Tensor | None] = []
         self._second = False
         self._spans: list[Span] = []
-        self._coordinates = torch.empty(0)
-        self._rows: dict[int, tuple[slice, slice]] = {}
+        self._width = 0  # of coordinates
 
     def groups(self, batch: int) -> list[slice]:
         """The samples that are worked on together: all, or each by itself."""
@@ -178,42 +177,37 @@ class Responder:
             self._project(nodes, batch, 2 * number, size)
         self._responses = {n: [] for n in nodes}
         for group in self.groups(batch):
-            points = [self._points(n) for n in nodes]
-            pairs = [
-                (replace(_part(self.measured[n].chosen, group), directions=v[group].double()), y[group].double())
-                for n, (v, y) in zip(nodes, points, strict=True)
-            ]
+            pairs = []
+            for m in (self.measured[n] for n in nodes):
+                assert m.images is not None
+                chosen = _part(m.chosen, group)
+                pairs.append((replace(chosen, directions=chosen.directions.double()), m.images[group].double()))
             found = smoothed(pairs) if self.shared and len(nodes) > 1 else [Response.fit(*pair) for pair in pairs]
             for n, response in zip(nodes, found, strict=True):
                 self._responses[n].append(response.to(self.dtype))
 
     def _project(self, nodes: list[int], batch: int, number: int, size: int) -> None:
-        """From now on all algebra is done in coordinates of what was measured; the vectors themselves move into one tensor."""
-        first = self.measured[nodes[0]].chosen.directions
-        rows, place = first.new_empty(batch, number, size), 0
+        """From now on all algebra is done in coordinates of what was measured; the vectors themselves are not kept."""
+        rows, place = self.measured[nodes[0]].chosen.directions.new_empty(batch, number, size), 0
+        slices = {}
         for n in nodes:
             m = self.measured[n]
             assert m.images is not None
             p = m.images.shape[1]
-            rows[:, place : place + p], rows[:, place + p : place + 2 * p] = m.chosen.directions, m.images
-            m.chosen = Directions(rows[:, place : place + p], m.chosen.length, m.chosen.probe)
-            m.images = rows[:, place + p : place + 2 * p]
-            self._rows[n] = slice(place, place + p), slice(place + p, place + 2 * p)
+            slices[n] = slice(place, place + p), slice(place + p, place + 2 * p)
+            rows[:, slices[n][0]], rows[:, slices[n][1]] = m.chosen.directions, m.images
+            m.chosen, m.images = replace(m.chosen, directions=rows[:, slices[n][0]]), rows[:, slices[n][1]]  # not twice
             place += 2 * p
         self._spans = [Span.of(rows[g]) for g in self.groups(batch)]
-        width = max(s.coordinates.shape[2] for s in self._spans)
-        self._coordinates = torch.cat(
-            [torch.nn.functional.pad(s.coordinates, (0, width - s.coordinates.shape[2])) for s in self._spans]
-        )
+        self._width = max(s.coordinates.shape[2] for s in self._spans)
+        coordinates = torch.cat([_padded(s.coordinates, self._width) for s in self._spans])
+        for n, (directions, images) in slices.items():
+            m = self.measured[n]
+            m.chosen, m.images = replace(m.chosen, directions=coordinates[:, directions]), coordinates[:, images]
 
-    def _points(self, n: int) -> tuple[Tensor, Tensor]:
-        """V and JV of a measurement: coordinates, or the vectors themselves."""
-        m = self.measured[n]
-        assert m.images is not None
-        if n not in self._rows:
-            return m.chosen.directions, m.images
-        directions, images = self._rows[n]
-        return self._coordinates[:, directions], self._coordinates[:, images]
+    def _into(self, g: int, deltas: Tensor) -> Tensor:
+        """Coordinates of δ of one group, ``(B, K, r)``; δ itself where there are none."""
+        return _padded(self._spans[g].into(deltas), self._width) if self._spans else deltas
 
     def errors(self) -> Errors | None:
         """How wrong the responses are for the deviations, as far as measurements can tell; None with fewer than two.
@@ -234,8 +228,8 @@ class Responder:
         """Of what the others predict of the measurement at n, relative, ``(B,)``."""
         m = self.measured[n]
         assert m.images is not None
-        strengths = m.strengths.to(m.images).unsqueeze(2)
-        directions, images = (v.to(self.dtype) for v in self._points(n))
+        strengths = m.strengths.to(m.images.device, self.dtype).unsqueeze(2)
+        directions, images = m.chosen.directions.to(self.dtype), m.images.to(self.dtype)
         weighted, wanted = directions * strengths, images / m.chosen.safe.unsqueeze(1).to(images) * strengths
         weights = self.plan.cubic(n, others)
         found = torch.cat([
@@ -250,7 +244,7 @@ class Responder:
         assert m.images is not None
         if not m.chosen.probe:
             return torch.zeros(len(m.images), dtype=torch.float64)
-        directions, images = (v.double() for v in self._points(n))
+        directions, images = m.chosen.directions.double(), m.images.double()
         strengths, unit = m.strengths.to(images).unsqueeze(2), images / m.chosen.safe.unsqueeze(1)
         v, image = directions[:, -1:], unit[:, -1:]
         others = Directions(directions[:, :-1], m.chosen.length, probe=False)
@@ -277,25 +271,29 @@ class Responder:
             if not self._spans:
                 parts.append(Response.weighted(pairs, deltas[group]))
                 continue
-            span = self._spans[g]
-            inside = span.into(deltas[group])
-            pad = self._coordinates.shape[2] - inside.shape[2]
+            inside = self._into(g, deltas[group])
             gain = sum(w * r.gain for w, r in pairs)
-            response = Response.weighted(pairs, torch.nn.functional.pad(inside, (0, pad)))[..., : inside.shape[2]]
-            parts.append(span.out_of(response - gain * inside, gain * deltas[group]))
+            response = Response.weighted(pairs, inside) - gain * inside
+            span = self._spans[g]
+            parts.append(span.out_of(response[..., : span.basis.shape[1]], gain * deltas[group]))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def apart(self, n: int, deltas: Tensor, branches: Branches) -> Tensor | None:
         """What the rows' own outputs have beyond the combination's, ``(R, K, Q)``."""
+        found = [(w, self.measured[m].chosen.directions, self.measured[m].apart) for m, w in self.weights(n).items()]
+        if all(own is None for _, _, own in found):
+            return None
         total: Tensor | None = None
-        for m, w in self.weights(n).items():
-            measured = self.measured[m]
-            if measured.apart is None:
-                continue
-            inside = deltas @ measured.chosen.directions.to(deltas).mT
-            part = w * (branches.spread(inside) @ measured.apart)
-            total = part if total is None else total + part
+        coordinates = torch.cat([self._into(g, deltas[group]) for g, group in enumerate(self.groups(len(deltas)))])
+        for w, directions, own in found:
+            if own is not None:
+                part = w * (branches.spread(coordinates @ directions.to(deltas).mT) @ own)
+                total = part if total is None else total + part
         return total
+
+
+def _padded(coordinates: Tensor, width: int) -> Tensor:
+    return torch.nn.functional.pad(coordinates, (0, width - coordinates.shape[-1]))
 
 
 def combine(responders: list[Responder]) -> None:

@@ -1,9 +1,10 @@
 r"""The space that a run's measurements span, and coordinates in it.
 
 R measurements of p directions and their images are m = 2pR vectors of P numbers, P often a thousand times m. All that is made of
-them (Nyström's extensions, Schur complements, interpolations) stays in their span. With the Gram matrix :math:`SS^\top =
-U\Lambda U^\top` of the vectors S ``(m, P)``, the rows of :math:`Q = \Lambda^{-1/2}U^\top S` are orthonormal and the vectors' own
-coordinates are :math:`U\Lambda^{1/2}`. So the algebra is done on a few hundred numbers, and Q is never formed.
+them (Nyström's extensions, Schur complements, interpolations) stays in their span. With the norms n of the vectors S ``(m, P)``
+and :math:`N = \mathrm{diag}(n)`, the Gram matrix :math:`N^{-1}SS^\top N^{-1} = U\Lambda U^\top` gives orthonormal rows
+:math:`Q = \Lambda^{-1/2}U^\top N^{-1}S` and coordinates :math:`NU\Lambda^{1/2}` of the vectors. So the algebra is done on a few
+hundred numbers. Directions are unit vectors and images as small as the deviations are, hence the norms.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bayesdiff.propagation.response import gram
+from bayesdiff.propagation.response import CHUNK, gram
 
 
 @dataclass(frozen=True)
@@ -21,30 +22,39 @@ class Span:
     r"""Of the rows of S, for each of B samples.
 
     Args:
-        rows: S, ``(B, m, P)``.
-        basis: :math:`\Lambda^{-1/2}U^\top`, ``(B, r, m)`` float64.
-        coordinates: :math:`U\Lambda^{1/2}`, ``(B, m, r)`` float64: the rows of S.
+        basis: Q, ``(B, r, P)``.
+        coordinates: :math:`NU\Lambda^{1/2}`, ``(B, m, r)`` float64: the rows of S.
     """
 
-    rows: Tensor
     basis: Tensor
     coordinates: Tensor
 
     @classmethod
     def of(cls, rows: Tensor) -> Span:
-        """The span of ``(B, m, P)``. Of dimensions that one sample has less, others have zeros."""
-        values, vectors = torch.linalg.eigh(gram(rows))
-        kept = values > torch.finfo(rows.dtype).eps * values[:, -1:].clamp(min=0)  # less is rounding
+        """The span of ``(B, m, P)``. Of dimensions that one sample has less, others have zeros.
+
+        Of each vector at most 3·√ε is left out, ε the rounding of the rows' dtype: a thousandth in float32.
+        """
+        products = gram(rows)
+        norms = products.diagonal(dim1=1, dim2=2).sqrt().unsqueeze(2)
+        scale = torch.where(norms > 0, norms, 1.0)
+        values, vectors = torch.linalg.eigh(products / scale / scale.mT)
+        kept = values > 8 * torch.finfo(rows.dtype).eps
         size = torch.where(kept, values, 1.0).sqrt()
         vectors = vectors * kept.unsqueeze(1)
         number = int(kept.sum(1).max())
         vectors, size = vectors[..., len(values[0]) - number :], size[:, len(values[0]) - number :]
-        return cls(rows, vectors.mT / size.unsqueeze(2), vectors * size.unsqueeze(1))
+        combined = (vectors / scale).mT / size.unsqueeze(2)
+        basis = rows.new_zeros(len(rows), number, rows.shape[2])
+        for places in torch.arange(rows.shape[2], device=rows.device).split(CHUNK):
+            some = slice(int(places[0]), int(places[-1]) + 1)
+            basis[..., some] = combined @ rows[..., some].double()
+        return cls(basis, scale * vectors * size.unsqueeze(1))
 
     def into(self, delta: Tensor) -> Tensor:
         """Qδ for ``(B, K, P)``: coordinates ``(B, K, r)`` of what lies in the span."""
-        return (delta @ self.rows.mT) @ self.basis.mT.to(delta)
+        return delta @ self.basis.mT.to(delta.dtype)
 
     def out_of(self, coordinates: Tensor, added: Tensor) -> Tensor:
         """``added`` plus the vectors of coordinates ``(B, K, r)``: ``(B, K, P)``."""
-        return torch.baddbmm(added, coordinates @ self.basis.to(coordinates), self.rows.to(coordinates.dtype))
+        return torch.baddbmm(added, coordinates, self.basis.to(coordinates.dtype))

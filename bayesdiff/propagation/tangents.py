@@ -45,6 +45,8 @@ from bayesdiff.tracing.rerun import tensors
 
 #: Directions are chosen from no more draws than these.
 CHOOSING = 128
+#: What errors make of the map is followed along no more draws than these.
+FOLLOWED = 32
 #: Draws are carried together as long as their tangents of one sample take no more bytes than this.
 TOGETHER = 2**24
 #: Of a residual that is warned of.
@@ -166,7 +168,7 @@ class TangentRun:
             a, b = module.coordinates.interpolated(place)
             denoised = module.responder.denoised(place, samples)
             if self._second and self._draws.start == 0:
-                module.sizes[place] = _norm(denoised) / abs(b)
+                module.sizes[place] = _norm(denoised[:, :FOLLOWED]) / abs(b)
             common = denoised.add_(samples, alpha=-a).div_(b)
             total = match.written(branches.spread(common), entered.size)
             found = total if found is None else found + total
@@ -328,7 +330,8 @@ class _Module:
             return
         rows = match.taken(entered.rows)
         branches = _confirmed(known, rows)
-        x, f = branches.first(rows), branches.combine(match.read(entered.returned.pack(total, lead=1)))
+        x = branches.first(rows)[:, :FOLLOWED]
+        f = branches.combine(match.read(entered.returned.pack([t[:FOLLOWED] for t in total], lead=1)))
         if self._last is not None and self._last[1].shape == x.shape:
             before, *old = self._last
             gram = torch.stack([torch.stack([_inner(u, v) for v in old], 1) for u in old], 1)

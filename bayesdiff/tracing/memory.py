@@ -12,7 +12,7 @@ import functools
 from collections.abc import Callable
 
 #: Tangents of fewer bytes than this are small.
-LARGE = 2**22
+LARGE = 2**23
 
 
 @functools.cache

@@ -13,7 +13,7 @@ from bayesdiff.propagation.plan import Plan
 from bayesdiff.propagation.responder import Branches, Errors, Measured, Responder
 from bayesdiff.propagation.response import EIGENVALUE_FLOOR
 from bayesdiff.propagation.settings import Tangents
-from bayesdiff.propagation.tangents import LARGE, _Module, warn
+from bayesdiff.propagation.tangents import FOLLOWED, LARGE, _Module, warn
 
 PLACES, NODES, P, K = tuple(map(float, range(12))), (1, 4, 6, 9, 11), 10, 40
 
@@ -117,7 +117,7 @@ class _Whole:
         self.rows, self.returned = rows, self
 
     def pack(self, values, lead):
-        return values[0]
+        return values[0][:, :FOLLOWED]
 
     def taken(self, rows):
         return rows
@@ -142,7 +142,7 @@ def test_an_error_is_weighed_by_what_the_step_makes_of_it(measured):
         c, d = steps[n]
         after = c * x + d * f
         part, whole = (abs(d), after) if n < 11 else (2.0, 0.5 * x + 2 * f)  # behind the last call, the denoised sample
-        weight = part / whole.square().sum(2).mean(1).sqrt()
+        weight = part / whole[:, :FOLLOWED].square().sum(2).mean(1).sqrt()
         gap = max(m for m in NODES if m <= n)
         gaps[gap] = gaps.get(gap, 0) + errors(n, float(n)) * module.sizes[n] * weight
         x = after

@@ -32,3 +32,12 @@ def test_nothing_spans_nothing() -> None:
     assert float(span.into(torch.ones(2, 1, 5)).abs().sum()) == 0.0
     added = torch.ones(2, 1, 5)
     assert torch.equal(span.out_of(span.into(added), added), added)
+
+
+def test_small_vectors_are_kept_beside_large_ones() -> None:
+    """Directions have the length 1, images that of the deviations: a tight posterior's must not be taken for rounding."""
+    rows = torch.randn(2, 6, 50, generator=torch.Generator().manual_seed(0))
+    rows[:, 3:] *= 1e-6
+    span = Span.of(rows)
+    back = span.out_of(span.coordinates.float(), torch.zeros_like(rows))
+    assert float(((back - rows).norm(dim=2) / rows.norm(dim=2)).max()) < 3e-3

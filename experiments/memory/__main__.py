@@ -1,0 +1,53 @@
+"""What a map takes beyond the images alone: memory and time at larger sizes, and along many steps.
+
+    python -m experiments.memory
+
+Each row is a process of its own: a U-Net with random weights makes one image in colour, then the same image with its map. The
+growth is that of the process's peak memory from the one to the other; the overhead is the ratio of their times over that of
+their network calls.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from experiments.common import command, record, results_folder, table
+
+#: Pixels a side, sampler, steps, K, channels of the U-Net's first level.
+RUNS = (
+    (128, "DDIM", 50, 64, 32),
+    (256, "DDIM", 50, 64, 32),
+    (32, "DDPM", 250, 64, 16),
+    (32, "DDPM", 500, 64, 16),
+    (32, "DDPM", 1000, 64, 16),
+)
+
+
+def main(
+    out: Annotated[Path | None, typer.Option(help="Folder of the results.")] = None,
+    only: Annotated[int | None, typer.Option(help="The number of one row, from 0.")] = None,
+) -> None:
+    """Measure all rows, one after the other."""
+    folder = results_folder("memory", out)
+    rows = []
+    for run in RUNS if only is None else RUNS[only : only + 1]:
+        line = [sys.executable, "-m", "experiments.memory.measure", *map(str, run)]
+        rows.append(
+            json.loads(subprocess.run(line, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
+        )
+        print(rows[-1], flush=True)
+    columns = {"size": "d", "sampler": "", "steps": "d", "draws": "d", "plain": ".1f", "seconds": ".1f"}
+    columns |= {"calls_ratio": ".2f", "overhead": ".2f", "growth_mb": ".0f", "numbers": ".1f"}
+    print(table(rows, columns))
+    record(folder, {"command": command("memory")}, rows)
+    print(f"Written to {folder}")
+
+
+if __name__ == "__main__":
+    typer.run(main)
