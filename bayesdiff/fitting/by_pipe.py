@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_flatten
 
 from bayesdiff.checks import ArgumentError, BayesdiffError, BayesdiffWarning, ShapeError, UnsupportedPipelineError
 from bayesdiff.diffusion.parametrization import check_levels
+from bayesdiff.fitting.compare import ALIKE, encoder_of, occurrences, rows_alike, unlike_others
 from bayesdiff.fitting.driven import ERRORS, DrivenPipe, Watched
 from bayesdiff.fitting.keywords import Keywords
 from bayesdiff.fitting.samples import Clean, Encoder, are_pixels
@@ -25,8 +26,6 @@ from bayesdiff.fitting.seen import Observer, Seen, alike
 from bayesdiff.fitting.told import Told
 from bayesdiff.head.numbers import tensor_of
 
-#: Numbers of rows that are run together and alone may differ by this, relative to the largest.
-ALIKE = 1e-3
 #: Shares of T: two timesteps at which a pipeline is looked at; others where another network is called at these.
 LOOKED_AT = ((0.25, 0.75), (0.85, 0.95), (0.02, 0.1))
 #: And those at which it is asked how the network is told t.
@@ -60,7 +59,7 @@ class ByPipe:
         self.together = True
         self.told: Told | None = None
         self._left_out = False
-        self._vae = _encoder(pipe, network)
+        self._vae = encoder_of(pipe, network)
         self._encoder: Encoder | None = None
         self._dtype: torch.dtype | None = None
         self._ready: tuple[Any, ...] = ()
@@ -162,19 +161,13 @@ class ByPipe:
                 self.keywords.size = {k: round(v * ratios.get(k, 1.0)) for k, v in self.keywords.size.items()}
                 watched = self._follow(images, conditioning, sized=True)
                 self._encoder = self._encoding(watched, conditioning)
-            expected = watched.sample.shape[1:]
-        else:
-            expected = images.shape[1:]
-        if expected != watched.sample.shape[1:]:
-            raise ShapeError(
-                f"expected samples {tuple(watched.sample.shape[1:])}, as {type(self.pipe).__name__} makes them, got data "
-                f"{tuple(expected)}"
-                + (
-                    ""
-                    if self._vae is None
-                    else "; images are encoded where they have the channels that its encoder takes"
-                )
-            )
+
+    def _unlike(self, shape: torch.Size, watched: Watched) -> NoReturn:
+        raise ShapeError(
+            f"expected samples {tuple(watched.sample.shape[1:])}, as {type(self.pipe).__name__} makes them, got data "
+            f"{tuple(shape)}"
+            + ("" if self._vae is None else "; images are encoded where they have the channels that its encoder takes")
+        )
 
     def _encoding(self, watched: Watched, conditioning: Mapping[str, Any]) -> Encoder:
         last = torch.randn(watched.sample.shape, generator=torch.Generator().manual_seed(0)).to(watched.sample)
@@ -232,7 +225,9 @@ class ByPipe:
             try:
                 watched = self._one(conditioning) if sized else self._watch(images, conditioning)
                 check_levels(watched.scheduler, watched.timesteps)
-                x = _unlike_others((2, *watched.sample.shape[1:])).to(watched.sample)
+                if not self._pixels and images.shape[1:] != watched.sample.shape[1:]:
+                    self._unlike(images.shape[1:], watched)
+                x = unlike_others((2, *watched.sample.shape[1:])).to(watched.sample)
                 for shares in LOOKED_AT:
                     times = self._times(watched, shares)
                     try:
@@ -247,19 +242,25 @@ class ByPipe:
                     raise
                 refused = refused or error
                 continue
-            counts = [_occurrences(leaves, x) for leaves in alone]
-            branches = min(counts) if min(counts) < 1 else max(counts)
-            if branches == 1:
+            if not all(alone):
                 break
-        else:
-            if refused is not None and not alone:
-                raise refused
+            counts = [occurrences(leaves, x) for leaves in alone]
+            branches = min(counts) if min(counts) < 1 else max(counts)
+            if branches <= 1:
+                break
+        if refused is not None and not alone:
+            raise refused
+        if not all(alone):
+            raise UnsupportedPipelineError(
+                f"expected {type(self.pipe).__name__} to call {type(self.network).__name__}, got no call of it"
+            )
+        if branches != 1:
             self._refuse(branches)
         if len(rows) == 1:
             return watched
         try:
             (together,) = self._arguments(conditioning, rows, [times], x)
-            self.together = _rows_alike(together, alone[0], alone[1])
+            self.together = rows_alike(together, alone[0], alone[1])
         except (ArgumentError, UnsupportedPipelineError):
             self.together = False
         if not self.together:
@@ -326,68 +327,3 @@ class ByPipe:
         keywords = self._call(conditioning, rows, len(timesteps) + 1)
         self.driven.run(keywords, timesteps, lambda _: x, on_network, lambda *_: None)
         return found
-
-
-def _encoder(pipe: Any, network: nn.Module) -> nn.Module | None:
-    """The pipeline's component that encodes and decodes."""
-    for value in vars(pipe).values():
-        if (
-            isinstance(value, nn.Module)
-            and value is not network
-            and hasattr(value, "encode")
-            and hasattr(value, "decode")
-        ):
-            return value
-    return None
-
-
-def _occurrences(leaves: list[Any], x: Tensor) -> float:
-    """How often the numbers of x are among the tensors that a network is given; less than 1 where not all of them are."""
-    total, missing = 0, torch.ones(x.numel(), dtype=torch.bool, device=x.device)
-    for leaf in leaves:
-        if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.ndim > 1:
-            numbers = x.to(leaf.device, leaf.dtype).flatten()
-            flat = leaf.flatten()
-            total += int(torch.isin(flat, numbers).sum())
-            missing &= ~torch.isin(numbers, flat).to(x.device)
-    if bool(missing.any()):
-        return min(0.99, 1 - float(missing.double().mean()))
-    times = total / x.numel()
-    return float(round(times)) if abs(times - round(times)) < 0.05 else times
-
-
-def _unlike_others(shape: tuple[int, ...]) -> Tensor:
-    """Numbers of 64 to 128, and as many negative ones: not what embeddings are made of, also where all are rounded."""
-    generator = torch.Generator().manual_seed(1)
-    return (64 + 64 * torch.rand(shape, generator=generator)) * (1 - 2 * torch.randint(2, shape, generator=generator))
-
-
-def _rows_alike(together: list[Any], first: list[Any], second: list[Any]) -> bool:
-    """Whether row 0 is given what it is given with the first timestep for all rows, and row 1 with the second."""
-    if not len(together) == len(first) == len(second):
-        return False
-    for v, a, b in zip(together, first, second, strict=True):
-        if not isinstance(v, Tensor):
-            if isinstance(a, Tensor) or isinstance(b, Tensor) or v != a or v != b:
-                return False
-        elif not isinstance(a, Tensor) or not isinstance(b, Tensor):
-            return False
-        elif v.shape == a.shape == b.shape and v.ndim and len(v) == 2:
-            if not (_near(v[0], a[0]) and _near(v[1], b[1])):
-                return False
-        elif v.shape == a.shape == b.shape:  # a list's entry, or the same for all
-            if not (_near(v, a) or _near(v, b)) or (v.numel() == 1 and not (_near(v, a) and _near(v, b))):
-                return False
-        elif not (
-            v.numel() == 2 and a.numel() == b.numel() == 1
-            and _near(v.flatten()[:1], a.flatten()) and _near(v.flatten()[1:], b.flatten())
-        ):  # fmt: skip
-            return False
-    return True
-
-
-def _near(a: Tensor, b: Tensor) -> bool:
-    if not a.is_floating_point():
-        return torch.equal(a, b)
-    scale = float(b.abs().max()) if b.numel() else 0.0
-    return bool((a.double() - b.double()).abs().le(ALIKE * scale).all())

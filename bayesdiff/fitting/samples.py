@@ -1,8 +1,8 @@
 r"""From images to what a scheduler calls a sample, and the place of a pipeline's decoder in it.
 
 Between its last sample x and the decoder a pipeline unpacks, scales, shifts: :math:`z_i = s_i x_{j(i)} + b_i`. The map is
-read off with tangents of x, and its inverse takes what the encoder returns to samples. The noise of the encoder's own posterior is drawn
-anew for each draw, as training draws it.
+read off with tangents of x, and its inverse takes what the encoder returns to samples. The noise of the encoder's own
+posterior is drawn anew for each draw, as training draws it.
 """
 
 from __future__ import annotations
