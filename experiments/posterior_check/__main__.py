@@ -203,7 +203,8 @@ def main(
     settings = {
         "model": model, "refits": refits_number, "images": number, "test_images": test.num_images,
         "training_draws": training_draws, "draws_of_fit": fitted.draws_per_image, "draws_of_judge": pool,
-        "loss": loss, "loss_weights": loss_weights, "density": density, "settled": settle, "last_step": moved, "seed": seed, "timesteps": TIMESTEPS, "prior_precision": fitted.prior_precision,
+        "loss": loss, "loss_weights": loss_weights, "density": density, "settled": settle,
+        "last_step": moved, "seed": seed, "timesteps": TIMESTEPS, "prior_precision": fitted.prior_precision,
         "cut_share": fitted.cut_share, "warnings": notes, "noise_variance": fitted.noise_variance.tolist(),
         "seconds": round(time.perf_counter() - started, 1), "command": command("posterior_check"),
     }  # fmt: skip
