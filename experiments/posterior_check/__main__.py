@@ -185,10 +185,11 @@ def main(
     noise = torch.randn(test.images.shape, generator=torch.Generator().manual_seed(seed + 2))
     rows: list[dict[str, Any]] = []
     points: list[tuple[Tensor, Tensor]] = []
+    candidates = posteriors(fitted)
     for t in TIMESTEPS:
         phi, _ = judged.observe(torch.arange(test.num_images), torch.full((test.num_images,), t), noise)
         reference = geometry.apply(phi, heads.float()).double().var(0)
-        for name, posterior in posteriors(fitted).items():
+        for name, posterior in candidates.items():
             predicted = posterior.variance(phi)
             rows.append({"t": t, "posterior": name} | agreement(predicted, reference))
             if name == SHOWN:
