@@ -18,7 +18,7 @@ app = typer.Typer(
 )
 
 # What options may be, as the modules that know them have it (a test compares them).
-MODELS = ("fashion-ddpm",)
+MODELS = ("fashion-ddpm", "fashion-4step", "earth-sd", "earth-sd3")
 SCHEDULERS = (
     "ddim", "ddpm", "pndm", "lms", "euler", "euler-a", "heun", "kdpm2", "kdpm2-a", "dpm++", "dpm++-single", "unipc", "deis", "sa",
     "lcm", "tcd",

@@ -1,4 +1,4 @@
-"""Small models that were really trained and ship with the package, weights and data included.
+"""Small models that were really trained, weights and data included.
 
 >>> pipe, data = bayesdiff.zoo.load("fashion-ddpm")
 >>> pipe("sneaker").images[0]
@@ -7,22 +7,26 @@
 from __future__ import annotations
 
 import difflib
+import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn, overload
 
 import diffusers
 import torch
 from diffusers import DDPMScheduler, UNet2DModel
 
-from bayesdiff.checks import UnknownNameError
+from bayesdiff.checks import BayesdiffError, UnknownNameError, UnsupportedSchedulerError
 from bayesdiff.zoo.data import ClassImages, read_class_images
 from bayesdiff.zoo.pipeline import ClassConditionalPipeline
+from bayesdiff.zoo.prompts import PromptImages, read_prompt_images
 
 __all__ = [
     "ClassConditionalPipeline",
     "ClassImages",
+    "ModelFilesError",
+    "PromptImages",
     "build_scheduler",
     "load",
     "load_pipeline",
@@ -30,7 +34,17 @@ __all__ = [
     "scheduler_names",
 ]
 
-_FOLDERS = {"fashion-ddpm": "fashion_ddpm"}
+_FOLDERS = {
+    "fashion-ddpm": "fashion_ddpm",
+    "fashion-4step": "fashion_4step",
+    "earth-sd": "earth_sd",
+    "earth-sd3": "earth_sd3",
+}
+
+
+class ModelFilesError(BayesdiffError, FileNotFoundError):
+    """A model's files are not where they should be; the message says where they can be had."""
+
 
 # Schedulers of ε-, v- and x0-prediction networks. Flow matching is another parametrization, and the
 # SDE solvers with a Brownian tree ask for one more dependency.
@@ -81,28 +95,74 @@ def build_scheduler(name: str, config: Any) -> Any:
     _unknown("scheduler", name, _SCHEDULERS)
 
 
+@overload
 def load(
-    name: str, *, scheduler: str = "ddim", dtype: torch.dtype = torch.float32
-) -> tuple[ClassConditionalPipeline, ClassImages]:
+    name: Literal["fashion-ddpm", "fashion-4step"], *, scheduler: str | None = None, dtype: torch.dtype = torch.float32
+) -> tuple[ClassConditionalPipeline, ClassImages]: ...
+
+
+@overload
+def load(
+    name: Literal["earth-sd", "earth-sd3"], *, scheduler: str | None = None, dtype: torch.dtype = torch.float32
+) -> tuple[Any, PromptImages]: ...
+
+
+@overload
+def load(name: str, *, scheduler: str | None = None, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]: ...
+
+
+def load(name: str, *, scheduler: str | None = None, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
     """Load a shipped model and the shard of data that it ships with.
 
     Args:
         name: One of :func:`names`.
-        scheduler: What samples it; one of :func:`scheduler_names`.
-        dtype: Of the network. The weights are stored in float16 and converted.
+        scheduler: What samples it; one of :func:`scheduler_names`. By default "ddim" for "fashion-ddpm", and for the
+            others the scheduler that they were saved with.
+        dtype: Of the networks. The weights are stored in float16 and converted.
 
     Returns:
-        The pipeline, on the CPU and in evaluation mode, and a shard of its training images, with
-        held-out ones as ``.heldout``.
+        The pipeline, on the CPU and in evaluation mode, and a shard of its training images, with held-out ones as
+        ``.heldout``, and with N and M of its training as ``.dataset_size`` and ``.training_draws``: a
+        :class:`ClassConditionalPipeline` with :class:`ClassImages`, or for "earth-sd" and "earth-sd3" diffusers'
+        ``StableDiffusionPipeline`` or ``StableDiffusion3Pipeline`` with :class:`PromptImages`.
 
     Raises:
         UnknownNameError: There is no such model or scheduler.
+        ModelFilesError: The model's files are not there: an installed package has no weights of the earth models.
+        UnsupportedSchedulerError: "earth-sd3" is a flow, and ``scheduler`` is none of flow matching.
     """
     if name not in _FOLDERS:
         _unknown("model", name, _FOLDERS)
     folder = Path(__file__).parent / _FOLDERS[name]
-    pipe = load_pipeline(folder, scheduler=scheduler, dtype=dtype)
-    return pipe, read_class_images(folder / "data.npz", pipe.class_names)
+    if not (folder / "model_index.json").exists():
+        raise ModelFilesError(
+            f"expected the files of {name!r} in {folder}, found none: they are too large for the installed package. "
+            "Load it from a checkout of the source repository, or give its folder bayesdiff/zoo/"
+            f"{_FOLDERS[name]} from there to diffusers' DiffusionPipeline.from_pretrained"
+        )
+    training = json.loads((folder / "training.json").read_text(encoding="utf-8"))
+    size, draws, shard = training["dataset_size"], training["training_draws"], folder.parent / training["data"]
+    if (shard / "data.npz").exists():
+        pipe = load_pipeline(folder, scheduler=scheduler or training["sampler"], dtype=dtype)
+        data = read_class_images(shard / "data.npz", pipe.class_names, dataset_size=size, training_draws=draws)
+        return pipe, data
+    return _load_text_pipeline(folder, scheduler, dtype), read_prompt_images(shard, size, draws)
+
+
+def _load_text_pipeline(folder: Path, scheduler: str | None, dtype: torch.dtype) -> Any:
+    pipe = diffusers.DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype, local_files_only=True)
+    for module in pipe.components.values():
+        if isinstance(module, torch.nn.Module):
+            module.eval()
+    if scheduler is not None:
+        if "prediction_type" not in pipe.scheduler.config:
+            raise UnsupportedSchedulerError(
+                f"expected no scheduler for a model of flow matching, which has {type(pipe.scheduler).__name__}, got "
+                f"{scheduler!r}; leave it out"
+            )
+        pipe.scheduler = build_scheduler(scheduler, pipe.scheduler.config)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 def load_pipeline(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +29,7 @@ class ClassImages(Mapping[str, Tensor]):
         class_names: The name of each class.
         dataset_size: The number of images that the network was trained on, of which these may be a few.
         heldout: Images that the network never saw, if there are any.
+        training_draws: M, how often each of them was drawn in training, on average; None if that is not known.
 
     Raises:
         ShapeError: Images and labels don't fit.
@@ -40,6 +41,7 @@ class ClassImages(Mapping[str, Tensor]):
     class_names: tuple[str, ...]
     dataset_size: int
     heldout: ClassImages | None = field(default=None, repr=False)
+    training_draws: float | None = None
 
     def __post_init__(self) -> None:
         if self.images.ndim != 4 or self.labels.shape != self.images.shape[:1]:
@@ -77,22 +79,28 @@ class ClassImages(Mapping[str, Tensor]):
 
     def subset(self, index: slice | Tensor | list[int]) -> ClassImages:
         """The images that ``index`` selects (a slice, or a tensor of indices or of bools); ``heldout`` is kept."""
-        return ClassImages(self.images[index], self.labels[index], self.class_names, self.dataset_size, self.heldout)
+        return replace(self, images=self.images[index], labels=self.labels[index])
 
 
-def read_class_images(path: str | os.PathLike[str], class_names: tuple[str, ...]) -> ClassImages:
+def read_class_images(
+    path: str | os.PathLike[str],
+    class_names: tuple[str, ...],
+    *,
+    dataset_size: int | None = None,
+    training_draws: float | None = None,
+) -> ClassImages:
     """Read a shard as ``experiments/train_fashion_ddpm`` writes it.
 
     The file is an ``.npz`` without pickles: ``train_images``, ``heldout_images`` uint8 ``(N, H, W)``;
-    ``train_labels``, ``heldout_labels`` uint8 ``(N,)``; ``dataset_size`` int64.
+    ``train_labels``, ``heldout_labels`` uint8 ``(N,)``; ``dataset_size`` int64, which holds if none is given here.
     """
     with np.load(Path(path), allow_pickle=False) as file:
         arrays = {name: file[name] for name in file.files}
-    size = int(arrays["dataset_size"])
+    size = int(arrays["dataset_size"]) if dataset_size is None else dataset_size
 
     def part(name: str, heldout: ClassImages | None) -> ClassImages:
         images = torch.from_numpy(arrays[f"{name}_images"]).unsqueeze(1).float() / 127.5 - 1.0
         labels = torch.from_numpy(arrays[f"{name}_labels"].astype(np.int64))
-        return ClassImages(images, labels, class_names, size, heldout)
+        return ClassImages(images, labels, class_names, size, heldout, training_draws)
 
     return part("train", part("heldout", None))

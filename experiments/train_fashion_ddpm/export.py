@@ -169,13 +169,16 @@ class Check:
         }
 
 
-def draw_samples(pipe: ClassConditionalPipeline, path: Path, *, columns: int = 8, seed: int = 0) -> None:
-    """A picture of some samples of each class: DDIM, 50 steps, seeds ``seed`` + 0, 1, …; none was picked."""
+def draw_samples(
+    pipe: ClassConditionalPipeline, path: Path, *, columns: int = 8, seed: int = 0, steps: int = 50
+) -> None:
+    """A picture of some samples of each class: DDIM, seeds ``seed`` + 0, 1, …; none was picked."""
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     pipe.set_progress_bar_config(desc="samples")
     count = len(pipe.class_names)
     generators = [torch.Generator().manual_seed(seed + i) for i in range(count * columns)]
-    images = pipe([c for c in range(count) for _ in range(columns)], generator=generators, output_type="np").images
+    classes = [c for c in range(count) for _ in range(columns)]
+    images = pipe(classes, num_inference_steps=steps, generator=generators, output_type="np").images
     rows = images[..., 0].reshape(count, columns, *images.shape[1:3])
     figure = Figure(figsize=(0.55 * columns + 1.3, 0.55 * count), layout="constrained")
     axes = figure.subplots(count, columns, gridspec_kw={"wspace": 0, "hspace": 0})
@@ -239,6 +242,16 @@ def export(
         (new / "unet" / "diffusion_pytorch_model.safetensors").chmod((new / "model_index.json").stat().st_mode)
         heldout = write_shard(new / "data.npz", data)
         write_text(new / "LICENSE-data", DATA_LICENSE)
+        size, batch = len(fashion_mnist(data, "train")[0]), checkpoint.settings["batch_size"]
+        training = {
+            "dataset_size": size,
+            "steps": checkpoint.step,
+            "batch_size": batch,
+            "training_draws": checkpoint.step * batch / size,
+            "sampler": "ddim",
+            "data": out.name,
+        }
+        write_json(new / "training.json", training)
 
         pipe = ClassConditionalPipeline.from_pretrained(new, local_files_only=True)  # in float32
         pipe.unet.to(device)

@@ -113,7 +113,7 @@ def test_every_scheduler_samples_the_shipped_model(name):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"name": "fashion-dpm"}, r"model .* got 'fashion-dpm'; did you mean 'fashion-ddpm'\?"),
+        ({"name": "fashion-dpm"}, r"model .* got 'fashion-dpm'; did you mean 'fashion-ddpm' or 'fashion-4step'\?"),
         ({"name": "fashion-ddpm", "scheduler": "ddin"}, r"scheduler .* got 'ddin'; did you mean .*'ddim'"),
         ({"name": "fashion-ddpm", "scheduler": "x"}, r"'euler'.*got 'x'$"),
     ],

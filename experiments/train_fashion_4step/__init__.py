@@ -1,0 +1,1 @@
+"""Train the zoo model ``fashion-4step``: ``fashion-ddpm`` distilled to four DDIM steps."""
