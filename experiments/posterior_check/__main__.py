@@ -185,10 +185,11 @@ def main(
     noise = torch.randn(test.images.shape, generator=torch.Generator().manual_seed(seed + 2))
     rows: list[dict[str, Any]] = []
     points: list[tuple[Tensor, Tensor]] = []
+    candidates = posteriors(fitted)
     for t in TIMESTEPS:
         phi, _ = judged.observe(torch.arange(test.num_images), torch.full((test.num_images,), t), noise)
         reference = geometry.apply(phi, heads.float()).double().var(0)
-        for name, posterior in posteriors(fitted).items():
+        for name, posterior in candidates.items():
             predicted = posterior.variance(phi)
             rows.append({"t": t, "posterior": name} | agreement(predicted, reference))
             if name == SHOWN:
@@ -203,7 +204,8 @@ def main(
     settings = {
         "model": model, "refits": refits_number, "images": number, "test_images": test.num_images,
         "training_draws": training_draws, "draws_of_fit": fitted.draws_per_image, "draws_of_judge": pool,
-        "loss": loss, "loss_weights": loss_weights, "density": density, "settled": settle, "last_step": moved, "seed": seed, "timesteps": TIMESTEPS, "prior_precision": fitted.prior_precision,
+        "loss": loss, "loss_weights": loss_weights, "density": density, "settled": settle,
+        "last_step": moved, "seed": seed, "timesteps": TIMESTEPS, "prior_precision": fitted.prior_precision,
         "cut_share": fitted.cut_share, "warnings": notes, "noise_variance": fitted.noise_variance.tolist(),
         "seconds": round(time.perf_counter() - started, 1), "command": command("posterior_check"),
     }  # fmt: skip

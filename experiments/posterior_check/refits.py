@@ -71,7 +71,7 @@ def m_estimates(
     """Refits under any loss: W ← W + P Σ w ψ(r − (W − W_0)φ) φᵀ, with one P for all iterations and all refits.
 
     The fixed point does not depend on P, so the judge has no estimate of the loss's curvature in it: P is the inverse of the
-    matrix of iteratively reweighted least squares, Σ w ψ(r)/r φφᵀ, times a number for each refit, which a secant finds
+    matrix of iteratively reweighted least squares, Σ w ψ(r)/r φφᵀ, times a number, which a secant finds
     (Barzilai & Borwein 1988).
 
     Args:
@@ -110,7 +110,7 @@ def m_estimates(
         return total
 
     heads = torch.zeros(number, c, d, dtype=torch.float64)
-    rate = torch.ones(number, 1, 1, dtype=torch.float64)
+    rate = 1.0
     before: tuple[Tensor, Tensor] | None = None
     moved = math.inf
     bar = tqdm(range(iterations), desc="iterations")
@@ -119,8 +119,9 @@ def m_estimates(
         direction = g @ inverse
         if before is not None:
             step, change = heads - before[0], before[1] - g
-            # ⟨s, P⁻¹s⟩/⟨s, y⟩: that matrix's curvature over the loss's, along the last step.
-            rate = ((step @ gram) * step).sum((1, 2), keepdim=True) / (step * change).sum((1, 2), keepdim=True)
+            # ⟨s, P⁻¹s⟩/⟨s, y⟩: that matrix's curvature over the loss's along the last steps, of all refits together.
+            curvature = float((step * change).sum())
+            rate = float(((step @ gram) * step).sum()) / curvature if curvature > 0 else rate
         before = (heads, g)
         heads = heads + rate * direction
         last = rate * direction
