@@ -78,9 +78,19 @@ def _batches(data: Any, batch_size: int) -> Iterator[Batch]:
 
 
 def split(batch: Any) -> Batch:
-    """A batch as images and what is told of them: tensors, or lists of what is no number."""
+    """A batch as images and what is told of them: tensors, or lists of what is no number.
+
+    Args:
+        batch: A tensor, a mapping with ``"images"``, or a pair of images and a mapping.
+
+    Raises:
+        ArgumentError: Something else, or no tensor of images.
+        ShapeError: Columns of another length than the images.
+    """
     if isinstance(batch, Tensor):
         batch = {"images": batch}
+    elif isinstance(batch, tuple) and len(batch) == 2 and isinstance(batch[1], Mapping):
+        batch = {"images": batch[0], **batch[1]}
     if not isinstance(batch, Mapping) or "images" not in batch:
         keys = list(batch) if isinstance(batch, Mapping) else type(batch).__name__
         raise ArgumentError(f"expected a tensor or a mapping with the key 'images', got {keys}")
