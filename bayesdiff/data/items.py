@@ -73,7 +73,7 @@ def _second(value: Any) -> dict[str, Any]:
     if isinstance(value, str) or (isinstance(value, (list, tuple)) and value and isinstance(value[0], str)):
         return {PROMPTS: value}
     if isinstance(value, Mapping):
-        return parts({"image": None, **value})[1]
+        return parts({"images": None, **value})[1]
     array = value if is_array(value) else np.asarray(value)
     if (
         array.dtype in (torch.int64, torch.int32, torch.uint8)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from bayesdiff.diffusion.density import Density, sample
-from bayesdiff.diffusion.parametrization import alpha_sigma, is_flow, prediction_type, target
+from bayesdiff.diffusion.parametrization import alpha_sigma, is_flow, is_reversed, prediction_type, target
 from bayesdiff.rng import item_generator
 
 
@@ -73,4 +73,5 @@ def noised(scheduler: Any, clean: Tensor, noise: Tensor, t: Tensor) -> tuple[Ten
     view = (-1, *(1,) * (clean.ndim - 1))
     alpha, sigma = alpha.to(clean.device).view(view), sigma.to(clean.device).view(view)
     clean, noise = clean.double(), noise.double()
-    return alpha * clean + sigma * noise, target(prediction_type(scheduler), clean, noise, alpha, sigma)
+    wanted = target(prediction_type(scheduler), clean, noise, alpha, sigma)
+    return alpha * clean + sigma * noise, -wanted if is_reversed(scheduler) else wanted

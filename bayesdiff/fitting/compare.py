@@ -25,18 +25,16 @@ def encoder_of(pipe: Any, network: nn.Module) -> nn.Module | None:
 
 
 def occurrences(leaves: list[Any], x: Tensor) -> float:
-    """How often the numbers of x are among the tensors that a network is given; less than 1 where not all of them are."""
-    total, missing = 0, torch.ones(x.numel(), dtype=torch.bool, device=x.device)
+    """How often every number of x is among the tensors that a network is given; less than 1: the share of those that are."""
+    times = torch.zeros(x.numel(), dtype=torch.float64, device=x.device)
     for leaf in leaves:
         if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.ndim > 1:
-            numbers = x.to(leaf.device, leaf.dtype).flatten()
+            values, which, own = x.to(leaf.device, leaf.dtype).flatten().unique(return_inverse=True, return_counts=True)
             flat = leaf.flatten()
-            total += int(torch.isin(flat, numbers).sum())
-            missing &= ~torch.isin(numbers, flat).to(x.device)
-    if bool(missing.any()):
-        return min(0.99, 1 - float(missing.double().mean()))
-    times = total / x.numel()
-    return float(round(times)) if abs(times - round(times)) < 0.05 else times
+            hits = torch.searchsorted(values, flat[torch.isin(flat, values)])
+            times += (torch.bincount(hits, minlength=len(values)) / own)[which].to(times)
+    # Rounded numbers may be met elsewhere by chance, but not all of them.
+    return float(times.min().floor()) if bool((times >= 1).all()) else float((times >= 1).double().mean())
 
 
 def unlike_others(shape: tuple[int, ...]) -> Tensor:

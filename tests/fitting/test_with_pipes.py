@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from diffusers import UNet2DModel
+from diffusers import FlowMatchEulerDiscreteScheduler, UNet2DModel
 from torch import nn
 
 import bayesdiff as bd
@@ -20,11 +20,11 @@ from bayesdiff.checks import (
 )
 from bayesdiff.diffusion.noising import draw
 from bayesdiff.fitting.told import Told
-from bayesdiff.head.find import denoiser, find_head
+from bayesdiff.head.find import denoiser
 from bayesdiff.rng import base_seed, item_generator
 from tests import cases
 from tests.fitting import recipes
-from tests.fitting.test_by_pipe import MADE, double
+from tests.fitting.test_by_pipe import MADE, RECIPES, data_of, double
 from tests.fitting.test_fit import assert_same, state
 from tests.pipelines import picture
 
@@ -130,35 +130,26 @@ def test_inputs_of_the_network_itself(sd):
     assert_same(given, fitted(sd, x, PROMPTS[:3]))
 
 
-@pytest.mark.parametrize("name", ["dit-ddim", "if"])
-def test_scores_with_a_learned_variance(name):
-    """Σ r φᵀ is −∂/∂W of ½ ‖target − f‖², the learned variance left out, by autograd."""
-    pipe = double(MADE[name]())
-    network = denoiser(pipe)
-    x = images(2, size=16 if name == "dit-ddim" else 8, dtype=torch.float64)
-    told = {"class_labels": torch.tensor([3, 7])} if name == "dit-ddim" else {"prompts": PROMPTS[:2]}
-    given = {} if name == "dit-ddim" else {"clean_caption": False}
-    out = fitted(pipe, {"images": x, **told}, pipe_kwargs=given, encode="mean")
-    scores = out.statistics.image_scores(torch.ones(10))
-    layer = find_head(pipe).layer
-    clean = recipes.latents(pipe, x).detach() if name == "dit-ddim" else x
-    squares = 0.0
-    for i in range(2):
-        (t,), noise = draw(pipe.scheduler, tuple(clean.shape[1:]), base_seed(generator()), i, 1, 1)
-        x_t, target = recipes.ddpm(pipe.scheduler, clean[i : i + 1], t[None], noise.double())
-        if name == "dit-ddim":
-            f = network(x_t, timestep=t[None], class_labels=told["class_labels"][i : i + 1]).sample[:, :4]
-        else:
-            text = pipe.encode_prompt([PROMPTS[i]], False, clean_caption=False)[0]
-            f = network(x_t, t, encoder_hidden_states=text).sample[:, :3]
-        loss = 0.5 * (target - f).square().sum()
-        squares += 2 * float(loss.detach())
-        weight, bias = torch.autograd.grad(loss, [layer.weight, layer.bias])
-        torch.testing.assert_close(
-            scores[i], -torch.cat([weight.flatten(1), bias[:, None]], dim=1), rtol=1e-7, atol=1e-7
-        )
-    assert out.statistics.trained_channels == layer.weight.shape[0] // 2
-    assert out.statistics.pooled_variance() == pytest.approx(squares / (2 * clean[0].numel()))
+@pytest.mark.parametrize("name", ["sdxl-euler-zeros", "dit-ddim", "if", "z-image", "flux", "lumina2", "auraflow"])
+def test_scores_are_the_gradients_of_the_training_loss(name):
+    """Σ r φᵀ of an image is −∂/∂W of ½ ‖target − f‖², by autograd through the recipe written out by hand."""
+    recipe, head, given = RECIPES[name]
+    pipe, data = double(MADE[name]()), data_of(name)
+    out = fitted(pipe, data, pipe_kwargs=given, encode="mean")
+    shape = bd.features(pipe, data, timesteps=[1, 1, 1], pipe_kwargs=given).noisy.shape[1:]
+    t, noise = draw(pipe.scheduler, tuple(shape), base_seed(generator()), 0, 3, 1)
+    output, target = recipe(pipe, data["images"], t, noise.double())
+    residuals = (target - output).double()
+    layer = denoiser(pipe).get_submodule(head)
+    for i, score in enumerate(out.statistics.image_scores(torch.ones(10))):
+        loss = 0.5 * residuals[i].square().sum()
+        weight, *bias = torch.autograd.grad(loss, list(layer.parameters()), retain_graph=True)
+        expected = torch.cat([weight.flatten(1), *(b[:, None] for b in bias)], dim=1)
+        torch.testing.assert_close(score, -expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+    learned = name in ("dit-ddim", "if")
+    assert out.statistics.trained_channels == layer.weight.shape[0] // (2 if learned else 1)
+    squares = float(residuals.detach().square().mean())
+    assert out.statistics.pooled_variance() == pytest.approx(squares, rel=1e-6)
 
 
 def test_networks_that_take_turns():
@@ -262,7 +253,7 @@ BAD = {
     "no-prompts": ("sd-ddim-guided", images(), {}, ArgumentError, "expected prompts for StableDiffusionPipeline, got none"),
     "too-few-prompts": ("sd3", images(), {"prompts": PROMPTS[:3]}, ArgumentError, "5 prompts, one for each image, got 3"),
     "too-many-prompts": ("sd3", images(3), {"prompts": PROMPTS}, ArgumentError, "3 prompts, one for each image, got 5"),
-    "numbers-for-prompts": ("sd3", images(3), {"prompts": [1, 2, 3]}, ArgumentError, "prompts as strings"),
+    "numbers-for-prompts": ("sd3", images(3), {"prompts": [1, 2, 3]}, ArgumentError, "takes, got 'class_labels'"),
     "no-labels": ("dit-ddim", images(), {}, ArgumentError, "'class_labels', which DiTPipeline must be told"),
     "label-out-of-range": (
         "dit-ddim", {"images": images(), "class_labels": torch.tensor([0, 1, 2, 1000, 3])}, {}, ArgumentError,
@@ -279,13 +270,13 @@ BAD = {
         "sd-ddim-guided", images(2, 5, 8), {"prompts": "a"}, ShapeError, r"samples \(4, 8, 8\).*got data \(5, 8, 8\); images are",
     ),
     "grey": ("sd-ddim-guided", images(2, 1, 16), {"prompts": "a"}, ShapeError, r"got data \(1, 16, 16\)"),
-    "bytes": ("sd3", (images(2) * 100).to(torch.uint8), {"prompts": "a"}, ArgumentError, "floating-point images"),
+    "integers": ("sd3", (images(2) * 100).long(), {"prompts": "a"}, ArgumentError, "as uint8, got torch.int64"),
     "unknown-keyword": (
         "sd3", images(2), {"prompts": "a", "pipe_kwargs": {"guidance": 3}}, ArgumentError,
         "StableDiffusion3Pipeline takes, got 'guidance'",
     ),
     "unknown-column": (
-        "sd3", {"images": images(2), "caption": ["a", "b"]}, {}, ArgumentError, "takes, got 'caption'; the pipe takes prompt",
+        "sd3", {"images": images(2), "sepia": ["a", "b"]}, {}, ArgumentError, "takes, got 'sepia'; the pipe takes prompt",
     ),
     "mixed": (
         "inpaint-4-channels",
@@ -293,7 +284,7 @@ BAD = {
         {}, UnsupportedPipelineError, r"noisy sample to its network as it is, got \d\d%",
     ),
     "another-time": (
-        "svd", torch.rand(1, 3, 3, 16, 16), {"space": "pixels"}, ArgumentError,
+        "svd", torch.rand(1, 3, 3, 16, 16) * 2 - 1, {"space": "pixels"}, ArgumentError,
         "'image', which StableVideoDiffusionPipeline must be",
     ),
     "no-schedule": ("consistency", images(2, 3, 8), {}, UnsupportedSchedulerError, "CMStochasticIterativeScheduler"),
@@ -312,6 +303,25 @@ def test_bad_data(name):
     with pytest.raises(error, match=message):
         fitted(pipe, data, **kwargs)
     assert len(calls) <= 8  # before the work
+
+
+def test_a_flow_whose_time_runs_from_noise_to_data():
+    """Mochi's scheduler: one of its own steps, from x_t with the target for the output, is on the straight line to x_0."""
+    pipe = MADE["sd3"]()
+    x0 = images(2, 4, 8)
+    noise = torch.randn(x0.shape, generator=generator())
+    for inverted in (False, True):
+        pipe.scheduler = FlowMatchEulerDiscreteScheduler(invert_sigmas=inverted)
+        pipe.scheduler.set_timesteps(4)
+        first, second = pipe.scheduler.timesteps[1:3]
+        there, then = (
+            bd.features(pipe, x0, "a", timesteps=t.repeat(2), noise=noise, pipe_kwargs={"max_sequence_length": 16})
+            for t in (first, second)
+        )
+        assert (float(first) < float(second)) == inverted
+        stepped = pipe.scheduler.step(there.target, first, there.noisy).prev_sample
+        torch.testing.assert_close(stepped, then.noisy, rtol=0, atol=1e-5)
+        assert float((then.noisy - x0).norm()) < float((there.noisy - x0).norm())
 
 
 def test_a_schedule_of_another_time():
