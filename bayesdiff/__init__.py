@@ -8,11 +8,21 @@ if TYPE_CHECKING:
     from bayesdiff import zoo as zoo
     from bayesdiff.checks import BayesdiffError as BayesdiffError
     from bayesdiff.checks import BayesdiffWarning as BayesdiffWarning
+    from bayesdiff.data import open_images as open_images
+    from bayesdiff.diffusion.density import LogitNormal as LogitNormal
+    from bayesdiff.diffusion.density import TruncatedNormal as TruncatedNormal
+    from bayesdiff.diffusion.weighting import P2 as P2
+    from bayesdiff.diffusion.weighting import MinSNR as MinSNR
+    from bayesdiff.fitting import features as features
     from bayesdiff.fitting import fit as fit
     from bayesdiff.gaussian import Gaussian as Gaussian
     from bayesdiff.head.find import Head as Head
     from bayesdiff.head.find import find_head as find_head
     from bayesdiff.laplace import links as links
+    from bayesdiff.laplace.checkpoint import Checkpoint as Checkpoint
+    from bayesdiff.laplace.loss import L1 as L1
+    from bayesdiff.laplace.loss import Huber as Huber
+    from bayesdiff.laplace.loss import PseudoHuber as PseudoHuber
     from bayesdiff.laplace.posterior import LaplacePosterior as LaplacePosterior
     from bayesdiff.laplace.statistics import Statistics as Statistics
     from bayesdiff.output import UncertaintyOutput as UncertaintyOutput
@@ -29,17 +39,27 @@ _MODULES = {
     "BayesDiff": "propagation.settings",
     "BayesdiffError": "checks",
     "BayesdiffWarning": "checks",
+    "Checkpoint": "laplace.checkpoint",
     "Ensemble": "propagation.settings",
     "Gaussian": "gaussian",
     "Head": "head.find",
+    "Huber": "laplace.loss",
+    "L1": "laplace.loss",
     "LaplacePosterior": "laplace.posterior",
+    "LogitNormal": "diffusion.density",
+    "MinSNR": "diffusion.weighting",
+    "P2": "diffusion.weighting",
+    "PseudoHuber": "laplace.loss",
     "Statistics": "laplace.statistics",
     "Tangents": "propagation.settings",
+    "TruncatedNormal": "diffusion.density",
     "UncertaintyOutput": "output",
     "UncertaintyPipeline": "pipeline",
     "find_head": "head.find",
+    "features": "fitting",
     "fit": "fitting",
     "links": "laplace.links",
+    "open_images": "data",
     "propagate": "pipeline",
     "rng": "rng",
     "zoo": "zoo",

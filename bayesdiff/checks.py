@@ -10,6 +10,7 @@ from __future__ import annotations
 import operator
 import os
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -42,6 +43,22 @@ class NonFiniteError(BayesdiffError, ValueError):
 
 class EmptyDataError(BayesdiffError, ValueError):
     """There are no data to fit to."""
+
+
+class BadImagesError(BayesdiffError, ValueError):
+    """Some images of the data cannot be used: all of them, with the reason, are in the message and in ``problems``.
+
+    Attributes:
+        problems: (name or number of the image, what is wrong with it).
+    """
+
+    def __init__(self, message: str, problems: Sequence[tuple[str, str]] = ()) -> None:
+        super().__init__(message)
+        self.problems = tuple(problems)
+
+
+class CheckpointError(BayesdiffError, ValueError):
+    """The checkpoint of a fit is damaged, or is that of another fit; the message says what differs."""
 
 
 class ShapeError(BayesdiffError, ValueError):
@@ -90,6 +107,14 @@ class BayesdiffWarning(UserWarning):
 
 class NegativeVarianceWarning(BayesdiffWarning):
     """A method returned negative variances; they are left as they are where a number is asked for, and 0 in a std."""
+
+
+class TrainingDrawsWarning(BayesdiffWarning):
+    """It is not known how many draws (t, ε) each image had in the network's training; the message says what is assumed."""
+
+
+class ProjectionWarning(BayesdiffWarning):
+    """An estimate of a covariance was not positive semidefinite, and was projected; the message says how much was cut."""
 
 
 def check_int(name: str, value: object, *, least: int) -> int:

@@ -265,3 +265,44 @@ def smoothed_responses(places, *, before, after, **settings):
         known += [after * backward[n + 1]] if n + 1 < len(places) else []
         out.append(extended_response(*place, sum(known) if known else None, **settings)[0])
     return out
+
+
+def draw_scores(layer: nn.Module, inputs: Tensor, residuals: Tensor, weights: Tensor) -> list[Tensor]:
+    """Σ_p w Jᵀr of each draw, ``(C·D,)`` float64, one position at a time."""
+    jac = jacobian(layer, inputs)
+    channel = -1 if isinstance(layer, nn.Linear) else 1
+    r = residuals.double().movedim(channel, -1).flatten(1, -2) if residuals.ndim > 2 else residuals.double()[:, None]
+    out = []
+    for b in range(len(inputs)):
+        g = torch.zeros(jac.shape[3] * jac.shape[4], dtype=torch.float64)
+        for p in range(jac.shape[1]):
+            g += weights[b].double() * jac[b, p].flatten(1).T @ r[b, p]
+        out.append(g)
+    return out
+
+
+def between_and_within(scores: list[Tensor], images: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """T, B̂ and Â of one-way random effects, dense, by loops over images and draws."""
+    size = len(scores[0])
+    total, within, degrees, inverse = torch.zeros(size, size).double(), torch.zeros(size, size).double(), 0, 0.0
+    numbers = sorted(set(images))
+    for i in numbers:
+        own = [g for g, k in zip(scores, images, strict=True) if k == i]
+        mean = sum(own) / len(own)
+        total += torch.outer(mean, mean) / len(numbers)
+        inverse += 1 / len(own) / len(numbers)
+        degrees += len(own) - 1
+        for g in own:
+            within += torch.outer(g - mean, g - mean)
+    within /= degrees
+    return total, within, total - inverse * within
+
+
+def projected(matrix: Tensor, metric: Tensor) -> Tensor:
+    """The positive part of a matrix in a positive definite metric, scaled to the trace that the matrix has in it."""
+    values, vectors = torch.linalg.eigh(metric)
+    root, inverse = (vectors * values.sqrt()) @ vectors.T, (vectors / values.sqrt()) @ vectors.T
+    inner = inverse @ matrix @ inverse
+    values, vectors = torch.linalg.eigh(inner)
+    positive = sum(float(v) * torch.outer(q, q) for v, q in zip(values, vectors.T, strict=True) if v > 0)
+    return root @ (positive * inner.trace() / positive.trace()) @ root

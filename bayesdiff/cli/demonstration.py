@@ -12,21 +12,11 @@ from torch import Tensor
 
 from bayesdiff import zoo
 from bayesdiff.checks import check_int, check_output_folder
+from bayesdiff.cli import show
 from bayesdiff.cli.maps import ENSEMBLE_DRAWS, TANGENT_DRAWS
-from bayesdiff.cli.show import (
-    chosen_device,
-    describe,
-    fit_shipped,
-    say,
-    seeded,
-    show_table,
-    timed,
-    write_samples,
-)
-from bayesdiff.io import environment, write_json
+from bayesdiff.cli.results import write_figure_of, write_record, write_samples
 from bayesdiff.output import UncertaintyOutput
 from bayesdiff.pipeline import UncertaintyPipeline
-from bayesdiff.plotting import plot_maps
 from bayesdiff.propagation.settings import Ensemble, Tangents
 from bayesdiff.rng import item_generator
 
@@ -40,10 +30,10 @@ def run_demo(
     check_int("--steps", steps, least=1)
     check_int("--num-tangents", num_tangents, least=1)
     check_int("--ensemble", ensemble, least=2)
-    check_int("--seed", seed, least=0)
+    show.check_seed(seed, 2 * len(DEMO_CLASSES))
     if images is not None:
         check_int("--images", images, least=1)
-    where = chosen_device(device)
+    where = show.chosen_device(device)
     pipe, data = zoo.load("fashion-ddpm")
     indices = pipe.class_indices([c for c in DEMO_CLASSES for _ in range(2)])
     names = [pipe.class_names[c] for c in indices]
@@ -51,51 +41,46 @@ def run_demo(
     pipe.to(where)
 
     seconds: dict[str, float] = {}
-    with timed(seconds, "fit"):
-        laplace = fit_shipped(pipe, data.subset(slice(images)), seed)
+    with show.timed(seconds, "fit"):
+        laplace = show.fit_shipped(pipe, data.subset(slice(images)), seed)
 
     def run(call: Callable[..., Any]) -> Any:
-        return call(indices, num_inference_steps=steps, generator=seeded(seed, len(indices)))
+        return call(indices, num_inference_steps=steps, generator=show.seeded(seed, len(indices)))
 
-    say(f"sampling {len(indices)} images in one batch, {steps} steps of DDIM: the pipe alone")
+    show.say(f"sampling {len(indices)} images in one batch, {steps} steps of DDIM: the pipe alone")
     run(lambda *a, **k: pipe(*a, **{**k, "num_inference_steps": 1}))  # what a first call sets up is not timed
-    with timed(seconds, "plain"):
+    with show.timed(seconds, "plain"):
         plain = run(pipe).images
-    say(f"… with {num_tangents} tangents")
+    show.say(f"… with {num_tangents} tangents")
     settings = Tangents(draws=num_tangents, generator=item_generator(seed, TANGENT_DRAWS))
     tangents = UncertaintyPipeline(pipe, laplace, propagation=settings)
-    with timed(seconds, "tangents"):
+    with show.timed(seconds, "tangents"):
         fast: UncertaintyOutput = run(tangents)
-    say(f"… and {ensemble} times again, with {ensemble} other weight draws")
+    show.say(f"… and {ensemble} times again, with {ensemble} other weight draws")
     many = Ensemble(members=ensemble, generator=item_generator(seed, ENSEMBLE_DRAWS))
     members = UncertaintyPipeline(pipe, laplace, propagation=many)
-    with timed(seconds, "ensemble"):
+    with show.timed(seconds, "ensemble"):
         slow: UncertaintyOutput = run(members)
 
     same = all(np.array_equal(np.asarray(a), np.asarray(b)) for a, b in zip(plain, fast.images, strict=True))
     agreement = compare(fast.std, slow.std)
     noise = {"tangents": (2 * num_tangents) ** -0.5, "ensemble": (2 * (ensemble - 1)) ** -0.5}
     write_samples(out, fast)
-    plot_maps(
-        fast.images, fast.std, reference=slow.std, names=("tangents", "ensemble"), titles=names,
-        path=out / "figure.png",
-    )  # fmt: skip
+    write_figure_of(out, fast, names, reference=slow, names=("tangents", "ensemble"))
     calls = {"plain": fast.plain_calls, "tangents": fast.calls, "ensemble": slow.calls}
     record = {
-        "command": "demo",
         "settings": {
             "model": "fashion-ddpm", "classes": names, "steps": steps, "num_tangents": num_tangents,
             "ensemble": ensemble, "images": images or data.num_images, "seed": seed, "scheduler": "ddim",
         },
-        "posterior": describe(laplace),
+        "posterior": show.describe(laplace),
         "network_calls": calls,
         "seconds": seconds,
         "images_are_the_pipes_own": same,
         "agreement": agreement,
         "relative_noise_of_std": noise,
-        "environment": environment(where),
     }  # fmt: skip
-    write_json(out / "settings.json", record)
+    write_record(out, "demo", where, **record)
 
     rows = [
         (label, str(calls[key]), f"{calls[key] / calls['plain']:.1f}", f"{seconds[key]:.1f}")
@@ -105,17 +90,17 @@ def run_demo(
             (f"with an ensemble, M = {ensemble}", "ensemble"),
         )
     ]
-    show_table(("", "network calls", "relative", "seconds"), rows)
-    say(f"images the pipe's own, bit for bit: {'yes' if same else 'NO'}")
-    say(
+    show.show_table(("", "network calls", "relative", "seconds"), rows)
+    show.say(f"images the pipe's own, bit for bit: {'yes' if same else 'NO'}")
+    show.say(
         f"std of tangents against the ensemble's, per pixel: correlation {agreement['correlation']:.3f}, "
         f"ratio of means {agreement['ratio_of_means']:.2f}"
     )
-    say(
+    show.say(
         f"(K = {num_tangents} and M = {ensemble} draws alone scatter a pixel's std by about "
         f"±{noise['tangents']:.0%} and ±{noise['ensemble']:.0%}: this limits both numbers)"
     )
-    say(f"written to {out}: figure.png, images, std.npz, settings.json")
+    show.say(f"written to {out}: figure.png, images, std.npz, settings.json")
 
 
 def compare(std: Tensor, reference: Tensor) -> dict[str, float]:

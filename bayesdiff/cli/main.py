@@ -1,4 +1,4 @@
-"""The command line: uncertainty maps of a shipped or saved model, and a demonstration.
+"""The command line: posteriors and uncertainty maps of a shipped or saved model, and a demonstration.
 
 Only what is needed to show help is imported here; commands import the rest when they run.
 """
@@ -33,21 +33,112 @@ Device = Annotated[
     str | None, typer.Option(help="cpu, cuda, …; by default cuda where there is one.", show_default=False)
 ]
 Seed = Annotated[int, typer.Option(help="Sample i starts from seed + i, however many samples there are.")]
+Model = Annotated[
+    str, typer.Option(help=f"One of {', '.join(MODELS)}, a folder of save_pretrained, or OWNER/NAME on the hub.")
+]
+Dtype = Annotated[str, typer.Option(help=f"Of the networks; one of {', '.join(DTYPES)}.")]
+Structure = Annotated[str, typer.Option(help=f"Of the fit; one of {', '.join(STRUCTURES)}.")]
+Covariance = Annotated[str, typer.Option(help=f"Of the fit; one of {', '.join(COVARIANCES)}.")]
+
+
+@app.command("fit")
+def fit_command(
+    data: Annotated[
+        Path,
+        typer.Option(help="Folder of images, with metadata.jsonl or .csv for texts or labels, or folders of classes."),
+    ],
+    out: Annotated[
+        Path, typer.Option(help="Folder for the posterior. A fit that was killed goes on if it is run again.")
+    ],
+    model: Model,
+    prompt: Annotated[
+        str | None, typer.Option(help="A text for all images, if the folder has none.", show_default=False)
+    ] = None,
+    dataset_size: Annotated[
+        int | None,
+        typer.Option(help="N, the images that the model was trained on; by default those given.", show_default=False),
+    ] = None,
+    training_draws: Annotated[
+        float | None,
+        typer.Option(
+            help="M, how often each image was drawn in the training: steps × batch size / N.", show_default=False
+        ),
+    ] = None,
+    draws_per_image: Annotated[
+        int | None,
+        typer.Option(
+            help="Timesteps and noises drawn for each image; by default 4 beside --training-draws, else 1.",
+            show_default=False,
+        ),
+    ] = None,
+    size: Annotated[
+        int | None, typer.Option(help="Height and width of the images; by default the model's.", show_default=False)
+    ] = None,
+    convert: Annotated[
+        bool, typer.Option("--convert", help="Convert grey, transparent, palette and CMYK images instead of an error.")
+    ] = False,
+    structure: Structure = "full",
+    covariance: Covariance = "sandwich",
+    batch_size: Annotated[int, typer.Option(help="Rows in a network call.")] = 16,
+    checkpoint_every: Annotated[float, typer.Option(help="Seconds between checkpoints, at least.")] = 60.0,
+    seed: Annotated[int, typer.Option(help="Of timesteps and noise.")] = 0,
+    dtype: Dtype = "float32",
+    device: Device = None,
+    debug: Debug = False,
+) -> None:
+    """Fit the posterior of a model to a folder of images."""
+    from bayesdiff.cli.fits import FitOptions, run_fit
+    from bayesdiff.cli.show import reporting
+
+    with reporting(debug):
+        run_fit(
+            FitOptions(
+                model=model,
+                data=data,
+                out=out,
+                prompt=prompt,
+                dataset_size=dataset_size,
+                training_draws=training_draws,
+                draws_per_image=draws_per_image,
+                size=size,
+                convert=convert,
+                structure=structure,
+                covariance=covariance,
+                batch_size=batch_size,
+                checkpoint_every=checkpoint_every,
+                seed=seed,
+                dtype=dtype,
+                device=device,
+            )
+        )
 
 
 @app.command("map")
 def map_command(
     out: Annotated[Path, typer.Option(help="Folder for images, maps and settings.")],
-    classes: Annotated[list[str], typer.Option("--class", help="What to draw; give it several times to take turns.")],
-    model: Annotated[
-        str, typer.Option(help=f"One of {', '.join(MODELS)}, or a folder of save_pretrained.")
-    ] = "fashion-ddpm",
-    num_samples: Annotated[int, typer.Option(help="Samples in all.")] = 8,
+    prompts: Annotated[
+        list[str] | None,
+        typer.Option("--prompt", help="A text to draw; several take turns.", show_default=False),
+    ] = None,
+    classes: Annotated[
+        list[str] | None,
+        typer.Option("--class", help="A class to draw, by name or number; several take turns.", show_default=False),
+    ] = None,
+    model: Model = "fashion-ddpm",
+    num_samples: Annotated[
+        int | None,
+        typer.Option(help="Samples in all; by default one of each prompt or class.", show_default=False),
+    ] = None,
     steps: Annotated[int, typer.Option(help="Denoising steps.")] = 50,
     seed: Seed = 0,
-    scheduler: Annotated[str, typer.Option(help=f"One of {', '.join(SCHEDULERS)}.")] = "ddim",
-    eta: Annotated[float, typer.Option(help="η of DDIM.")] = 0.0,
-    guidance_scale: Annotated[float, typer.Option(help="1 is no guidance.")] = 1.0,
+    scheduler: Annotated[
+        str | None,
+        typer.Option(help=f"One of {', '.join(SCHEDULERS)}; by default the model's own.", show_default=False),
+    ] = None,
+    eta: Annotated[float | None, typer.Option(help="η of DDIM.", show_default=False)] = None,
+    guidance_scale: Annotated[
+        float | None, typer.Option(help="1 is no guidance; by default the pipeline's own.", show_default=False)
+    ] = None,
     propagation: Annotated[str, typer.Option(help=f"One of {', '.join(PROPAGATIONS)}.")] = "tangents",
     num_tangents: Annotated[int, typer.Option(help="Weight draws: K of tangents, M of an ensemble.")] = 64,
     extra_calls: Annotated[
@@ -74,12 +165,13 @@ def map_command(
     posterior: Annotated[
         Path | None,
         typer.Option(
-            help="Folder of a saved posterior; by default one is fitted to the model's data.", show_default=False
+            help="Folder of a saved posterior; by default one is fitted to the data that ship with the model.",
+            show_default=False,
         ),
     ] = None,
-    structure: Annotated[str, typer.Option(help=f"Of the fit; one of {', '.join(STRUCTURES)}.")] = "full",
-    covariance: Annotated[str, typer.Option(help=f"Of the fit; one of {', '.join(COVARIANCES)}.")] = "sandwich",
-    dtype: Annotated[str, typer.Option(help=f"Of the network; one of {', '.join(DTYPES)}.")] = "float32",
+    structure: Structure = "full",
+    covariance: Covariance = "sandwich",
+    dtype: Dtype = "float32",
     device: Device = None,
     debug: Debug = False,
 ) -> None:
@@ -91,7 +183,8 @@ def map_command(
         draw_maps(
             MapOptions(
                 out=out,
-                classes=classes,
+                prompts=prompts or [],
+                classes=classes or [],
                 model=model,
                 num_samples=num_samples,
                 steps=steps,

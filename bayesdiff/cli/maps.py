@@ -2,36 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bayesdiff import zoo
-from bayesdiff.checks import (
-    ArgumentError,
-    UnknownNameError,
-    UnsupportedPipelineError,
-    check_choice,
-    check_int,
-    check_output_folder,
-)
+from bayesdiff.checks import ArgumentError, check_choice, check_int, check_output_folder
 from bayesdiff.cli import main as options
-from bayesdiff.cli.show import (
-    chosen_device,
-    describe,
-    fit_shipped,
-    say,
-    seeded,
-    show_table,
-    timed,
-    write_samples,
-)
-from bayesdiff.io import environment, write_json
+from bayesdiff.cli import show
+from bayesdiff.cli.calls import Wanted, call_of
+from bayesdiff.cli.models import load_model
+from bayesdiff.cli.results import write_figure_of, write_record, write_samples
 from bayesdiff.laplace.posterior import LaplacePosterior
 from bayesdiff.pipeline import UncertaintyPipeline
-from bayesdiff.plotting import plot_maps
 from bayesdiff.propagation.settings import BayesDiff, Ensemble, Settings, Tangents
 from bayesdiff.rng import item_generator
 
@@ -44,14 +29,15 @@ class MapOptions:
     """The options of the command."""
 
     out: Path
+    prompts: list[str]
     classes: list[str]
     model: str
-    num_samples: int
+    num_samples: int | None
     steps: int
     seed: int
-    scheduler: str
-    eta: float
-    guidance_scale: float
+    scheduler: str | None
+    eta: float | None
+    guidance_scale: float | None
     propagation: str
     num_tangents: int
     extra_calls: float
@@ -85,93 +71,104 @@ def propagation_of(o: MapOptions) -> Settings:
     return BayesDiff(samples=o.recursion_samples, skip_interval=o.skip_interval, centered=centered, **common)
 
 
-def draw_maps(o: MapOptions) -> None:
-    """Run the command. Everything that can be wrong is looked at before the first network call."""
-    settings = {k: v for k, v in asdict(o).items() if k not in ("out", "device")}
-    settings["posterior"] = "fitted" if o.posterior is None else "given"
-    check_int("--num-samples", o.num_samples, least=1)
-    check_int("--steps", o.steps, least=1)
-    check_int("--seed", o.seed, least=0)
+def check_options(o: MapOptions) -> None:
+    """What can be seen without the model.
+
+    Raises:
+        ArgumentError: An option is out of range.
+    """
+    least = {
+        "num_samples": 1,
+        "steps": 1,
+        "recursion_samples": 2,
+        "skip_interval": 1,
+        "refresh": 1,
+        "num_directions": 1,
+    }
+    least["num_tangents"] = 2 if o.propagation == "ensemble" else 1
     check_choice("--propagation", o.propagation, options.PROPAGATIONS)
-    check_int("--num-tangents", o.num_tangents, least=2 if o.propagation == "ensemble" else 1)
-    check_int("--recursion-samples", o.recursion_samples, least=2)
-    check_int("--skip-interval", o.skip_interval, least=1)
-    if o.refresh is not None:
-        check_int("--refresh", o.refresh, least=1)
-    if o.num_directions is not None:
-        check_int("--num-directions", o.num_directions, least=1)
+    for name, number in least.items():
+        if getattr(o, name) is not None:
+            check_int(f"--{name.replace('_', '-')}", getattr(o, name), least=number)
+    show.check_seed(o.seed, o.num_samples or 1)
     check_choice("--structure", o.structure, options.STRUCTURES)
     check_choice("--covariance", o.covariance, options.COVARIANCES)
     check_choice("--dtype", o.dtype, options.DTYPES)
+
+
+def check_steps(pipe: Any, steps: int) -> None:
+    """That the pipeline's scheduler has so many steps.
+
+    Raises:
+        ArgumentError: It says that it has not.
+    """
+    scheduler = getattr(pipe, "scheduler", None)
+    most = getattr(getattr(scheduler, "config", None), "num_train_timesteps", None)
+    if scheduler is not None and isinstance(most, int) and steps > most:
+        try:
+            copy.deepcopy(scheduler).set_timesteps(steps)
+        except (ValueError, IndexError, RuntimeError) as error:
+            raise ArgumentError(
+                f"expected --steps that {type(scheduler).__name__} can take, got {steps}: {error}"
+            ) from error
+
+
+def draw_maps(o: MapOptions) -> None:
+    """Run the command. Everything that can be wrong is looked at before the first network call."""
+    settings = {k: v for k, v in asdict(o).items() if k not in ("out", "device")}
+    settings |= {"posterior": "fitted" if o.posterior is None else "given", "model": show.name_of(o.model)}
+    check_options(o)
     propagation = propagation_of(o)
-    where = chosen_device(o.device)
-    pipe, data = load(o.model, o.scheduler, getattr(torch, o.dtype), needs_data=o.posterior is None)
-    indices = pipe.class_indices([o.classes[i % len(o.classes)] for i in range(o.num_samples)])
-    names = [pipe.class_names[c] if pipe.class_names else str(c) for c in indices]
+    where = show.chosen_device(o.device)
+    pipe, data = load_model(o.model, o.scheduler, getattr(torch, o.dtype))
+    check_steps(pipe, o.steps)
+    wanted = Wanted(o.prompts, o.classes, o.num_samples, o.steps, o.guidance_scale, o.eta)
+    count = len(call_of(pipe, wanted).titles)
+    if o.posterior is None and data is None:
+        raise ArgumentError(
+            f"expected --posterior beside {o.model!r}, which has no data to fit one to, got none: make one with bayesdiff fit"
+        )
+    laplace = None if o.posterior is None else LaplacePosterior.load(o.posterior)
+    if laplace is not None:
+        laplace.check(pipe)
     check_output_folder(o.out)
     pipe.to(where)
 
     seconds: dict[str, float] = {}
-    if o.posterior is not None:
-        laplace = LaplacePosterior.load(o.posterior)
-    else:
-        with timed(seconds, "fit"):
-            laplace = fit_shipped(pipe, data, o.seed, structure=o.structure, covariance=o.covariance)
+    if laplace is None:
+        with show.timed(seconds, "fit"):
+            laplace = show.fit_shipped(pipe, data, o.seed, structure=o.structure, covariance=o.covariance)
         laplace.save(o.out / "posterior")
     up = UncertaintyPipeline(pipe, laplace, propagation=propagation)
+    call = call_of(pipe, wanted, show.seeded(o.seed, count))
     draws = f" of {o.num_tangents} weight draws" if o.propagation in ("tangents", "ensemble") else ""
-    say(f"sampling {o.num_samples} × {o.steps} steps with {o.propagation}{draws}")
-    with timed(seconds, "sampling"):
-        output = up(
-            indices, num_inference_steps=o.steps, eta=o.eta, guidance_scale=o.guidance_scale,
-            generator=seeded(o.seed, o.num_samples),
-        )  # fmt: skip
+    show.say(f"sampling {count} × {o.steps} steps with {o.propagation}{draws}")
+    with show.timed(seconds, "sampling"):
+        output = up(**call.keywords)
 
     files = write_samples(o.out, output)
-    plot_maps(output.images, output.std, titles=names, path=o.out / "figure.png")
-    record = {
-        "command": "map",
-        "settings": settings,
-        "samples": [
-            {"file": file, "class": name, "seed": o.seed + i, **{k: float(v[i]) for k, v in output.scores().items()}}
-            for i, (file, name) in enumerate(zip(files, names, strict=True))
-        ],
-        "posterior": describe(laplace),
-        "network_calls": {"pipe": output.plain_calls, "all": output.calls},
-        "seconds": seconds,
-        "environment": environment(where),
-    }
-    write_json(o.out / "settings.json", record)
+    drawn = write_figure_of(o.out, output, call.titles)
+    kind = "class" if o.classes else "prompt" if o.prompts else "number"
+    samples = [
+        {"file": file, kind: title, "seed": o.seed + i, **{k: float(v[i]) for k, v in output.scores().items()}}
+        for i, (file, title) in enumerate(zip(files, call.titles, strict=True))
+    ]
+    calls = {"pipe": output.plain_calls, "all": output.calls}
+    if output.other_calls:
+        calls["other_modules"] = output.other_calls
+    write_record(
+        o.out, "map", where, settings=settings, samples=samples, posterior=show.describe(laplace), network_calls=calls,
+        seconds=seconds,
+    )  # fmt: skip
     std = output.std.flatten(1).double()
-    show_table(
-        ("sample", "class", "seed", "mean std", "largest std"),
+    show.show_table(
+        ("sample", kind, "seed", "mean std", "largest std"),
         [
-            (file, name, str(o.seed + i), f"{std[i].mean():.4f}", f"{std[i].max():.4f}")
-            for i, (file, name) in enumerate(zip(files, names, strict=True))
+            (file, title, str(o.seed + i), f"{std[i].mean():.4f}", f"{std[i].max():.4f}")
+            for i, (file, title) in enumerate(zip(files, call.titles, strict=True))
         ],
     )
-    own, took = output.plain_calls, seconds["sampling"]
-    say(f"{output.calls} network calls, of which {own} the pipe's own, in {took:.1f} s")
-    say(f"written to {o.out}: images, std.npz, figure.png, settings.json")
-
-
-def load(name: str, scheduler: str, dtype: torch.dtype, *, needs_data: bool) -> tuple[Any, zoo.ClassImages | None]:
-    """A shipped model, or one in a folder; the folder has no data to fit to."""
-    if name in zoo.names():
-        return zoo.load(name, scheduler=scheduler, dtype=dtype)
-    folder = Path(name)
-    if not (folder / "model_index.json").is_file():
-        raise UnknownNameError(
-            f"expected --model to be one of {', '.join(map(repr, zoo.names()))}, or a folder written by "
-            f"save_pretrained, got {name!r}, where there is no model_index.json"
-        )
-    kind = zoo.ClassConditionalPipeline.load_config(folder, local_files_only=True).get("_class_name")
-    if kind != zoo.ClassConditionalPipeline.__name__:
-        raise UnsupportedPipelineError(
-            f"expected a saved ClassConditionalPipeline, got {kind}; use bayesdiff.UncertaintyPipeline from Python"
-        )
-    if needs_data:
-        raise ArgumentError(
-            f"expected --posterior beside the folder {name!r}, which has no data to fit one to; got none"
-        )
-    return zoo.load_pipeline(folder, scheduler=scheduler, dtype=dtype), None
+    show.say(
+        f"{output.calls} network calls, of which {output.plain_calls} the pipe's own, in {seconds['sampling']:.1f} s"
+    )
+    show.say(f"written to {o.out}: {'images, std.npz, figure.png' if drawn else 'std.npz'}, settings.json")

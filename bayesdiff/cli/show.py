@@ -1,4 +1,4 @@
-"""What the commands share: messages, tables, errors in one line, and what is written for every sample."""
+"""What the commands share: messages, tables, errors in one line."""
 
 from __future__ import annotations
 
@@ -10,23 +10,20 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import typer
 from torch import Generator
 
-from bayesdiff.checks import ArgumentError, BayesdiffError, BayesdiffWarning
+from bayesdiff.checks import ArgumentError, BayesdiffError, BayesdiffWarning, check_int
 from bayesdiff.fitting import fit
-from bayesdiff.io import atomic_path
 from bayesdiff.laplace.posterior import LaplacePosterior
-from bayesdiff.output import UncertaintyOutput
 
 
 def fit_shipped(pipe: Any, data: Any, seed: int, **kwargs: Any) -> LaplacePosterior:
     say(f"fitting the posterior to {data.num_images} of {data.dataset_size} training images")
     generator = Generator().manual_seed(seed)
-    bar = sys.stderr.isatty()
-    return fit(pipe, data, dataset_size=data.dataset_size, generator=generator, progress=bar, **kwargs)
+    known = {"dataset_size": data.dataset_size, "training_draws": data.training_draws}
+    return fit(pipe, data, generator=generator, progress=has_terminal(), **known, **kwargs)
 
 
 def describe(posterior: LaplacePosterior) -> dict[str, Any]:
@@ -39,19 +36,24 @@ def describe(posterior: LaplacePosterior) -> dict[str, Any]:
     }
 
 
-def write_samples(out: Path, output: UncertaintyOutput) -> list[str]:
-    """The images as PNG and ``std.npz``; returns the images' names."""
-    digits = max(2, len(str(len(output.images) - 1)))
-    files = [f"sample-{i:0{digits}d}.png" for i in range(len(output.images))]
-    for file, image in zip(files, output.images, strict=True):
-        with atomic_path(out / file) as temporary:
-            image.save(temporary)
-    arrays = {"std": output.std.float().cpu().numpy()}
-    if output.latents is not None:
-        arrays["latent_variance"] = output.latents.variance.float().cpu().numpy()
-    with atomic_path(out / "std.npz") as temporary:
-        np.savez_compressed(temporary, allow_pickle=False, **arrays)
-    return files
+def check_seed(seed: int, samples: int = 1) -> None:
+    """That all seeds from this one on are ones that torch takes.
+
+    Raises:
+        ArgumentError: They are not.
+    """
+    check_int("--seed", seed, least=0)
+    if seed + samples > 2**63:
+        raise ArgumentError(f"expected --seed below 2**63, got {seed}")
+
+
+def name_of(model: str) -> str:
+    """A model's name without the folders that it lies in."""
+    return Path(model).resolve().name if Path(model).exists() else model
+
+
+def has_terminal() -> bool:
+    return sys.stderr.isatty()
 
 
 def seeded(seed: int, count: int) -> list[Generator]:
@@ -63,7 +65,7 @@ def chosen_device(name: str | None) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        float(torch.zeros(1, device=device))  # which "meta" cannot do
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).split("\n")[0]
         raise ArgumentError(f"expected --device to be one that torch can use here, got {name!r}: {reason}") from error
@@ -79,7 +81,7 @@ def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
 
 @contextmanager
 def reporting(debug: bool) -> Iterator[None]:
-    """The package's errors and warnings as one line each."""
+    """Errors and the package's warnings as one line each: exit code 2 for what was asked wrongly, 1 for all else."""
     plain = warnings.showwarning
 
     def show(message: Any, category: Any, *args: Any, **kwargs: Any) -> None:
@@ -97,6 +99,12 @@ def reporting(debug: bool) -> Iterator[None]:
                 raise
             typer.echo(f"error: {one_line(error)}", err=True)
             raise typer.Exit(2) from None
+        except Exception as error:  # of the model's own code: told, too, and not in a traceback
+            if debug:
+                raise
+            what = one_line(error)
+            typer.echo(f"error: {type(error).__name__}{': ' + what if what else ''} (--debug shows where)", err=True)
+            raise typer.Exit(1) from None
 
 
 def one_line(message: object) -> str:

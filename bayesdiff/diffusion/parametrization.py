@@ -33,6 +33,11 @@ def is_flow(scheduler: Any) -> bool:
     return "FlowMatch" in type(scheduler).__name__ or bool(getattr(scheduler.config, "use_flow_sigmas", False))
 
 
+def is_reversed(scheduler: Any) -> bool:
+    r"""Whether a flow's time runs from noise to data (Mochi), and its velocity with it: :math:`x_0 - \varepsilon`."""
+    return is_flow(scheduler) and bool(getattr(scheduler.config, "invert_sigmas", False))
+
+
 def prediction_type(scheduler: Any) -> str:
     """What the network behind a diffusers scheduler predicts: one of :data:`PREDICTIONS`.
 
@@ -66,7 +71,7 @@ def alpha_sigma(scheduler: Any, t: Tensor) -> tuple[Tensor, Tensor]:
     t = t.detach().cpu()
     if is_flow(scheduler):
         sigma = t.double() / scheduler.config.num_train_timesteps
-        return 1 - sigma, sigma
+        return (sigma, 1 - sigma) if is_reversed(scheduler) else (1 - sigma, sigma)
     alphas_cumprod = getattr(scheduler, "alphas_cumprod", None)
     if not isinstance(alphas_cumprod, Tensor):
         raise UnsupportedSchedulerError(
@@ -79,6 +84,37 @@ def alpha_sigma(scheduler: Any, t: Tensor) -> tuple[Tensor, Tensor]:
     high = (low + 1).clamp(max=len(schedule) - 1)
     a = torch.lerp(schedule[low], schedule[high], position - low)
     return a.sqrt(), (1 - a).sqrt()
+
+
+def check_levels(scheduler: Any, timesteps: Tensor) -> None:
+    r"""Make sure that a scheduler means by its timesteps what :func:`alpha_sigma` does, by the noise levels that it keeps.
+
+    Args:
+        scheduler: After ``set_timesteps``.
+        timesteps: Those that it then has.
+
+    Raises:
+        UnsupportedSchedulerError: Its levels are neither σ nor σ/α of its timesteps: the network is told something else than t.
+    """
+    alpha, sigma = (v.flatten() for v in alpha_sigma(scheduler, timesteps))
+    prediction_type(scheduler)
+    kept = getattr(scheduler, "sigmas", None)
+    kept = None if kept is None else torch.as_tensor(kept).detach().cpu().double().flatten()[: len(sigma)]
+    if kept is None or len(kept) < len(sigma):
+        return
+    wanted = [alpha if is_reversed(scheduler) else sigma] if is_flow(scheduler) else [sigma, sigma / alpha.clamp(min=1e-6)]
+    # Between timesteps the schedule is interpolated in one way or another; at zero signal σ/α is any large number.
+    apart = [float((((kept - w).abs() / w.clamp(min=0.02)) * (w < 100)).nan_to_num().max()) for w in wanted]
+    if min(apart) > 0.1:
+        raise UnsupportedSchedulerError(
+            f"expected {type(scheduler).__name__} to have the noise levels of its timesteps, σ = {_few(wanted[0])} or σ/α = "
+            f"{_few(wanted[-1])} at {_few(timesteps)}, got {_few(kept)}: its network is told another time than t; fit the "
+            "network, with scheduler=… and call=…"
+        )
+
+
+def _few(values: Tensor) -> str:
+    return ", ".join(f"{float(v):.3g}" for v in values.flatten()[:3])
 
 
 def target(prediction: str, clean: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ class Fold:
     Args:
         index: Which element of the head's output each element of the network's is, int64, shaped as the network's output; None
             when the two are the same (every U-Net).
-        sign: ±1 for each.
+        sign: ±1 for each, or the inverse of what the head's output is multiplied by.
     """
 
     def __init__(self, index: Tensor | None, sign: Tensor | None = None) -> None:
@@ -56,7 +56,8 @@ class Fold:
     ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor | None]]:
         """Residuals of the network's output as residuals of the head's, with the features that they belong to.
 
-        Tokens and rows of the head's output that don't reach the network's output are left out.
+        Tokens and rows of the head's output that don't reach the network's output are left out; channels that don't have a
+        residual of 0.
 
         Args:
             head: The head.
@@ -68,7 +69,7 @@ class Fold:
             has several rows in the head, which of these samples each row belongs to, otherwise None.
 
         Raises:
-            UnsupportedHeadError: Some channels, or some positions of a convolution, don't reach the network's output.
+            UnsupportedHeadError: Not the same channels of all positions reach the network's output.
         """
         if self.index is None or self.sign is None:
             yield inputs, residual, torch.arange(len(inputs)), None
@@ -79,17 +80,25 @@ class Fold:
         owner[self.index] = rows.view(-1, *(1,) * (residual.ndim - 1)).expand_as(self.index)
         values = residual.new_zeros(len(owner)).index_put_((self.index,), residual * self.sign).view(shape)
         by_position = owner.view(shape).movedim(-1 if linear else 1, -1).flatten(0 if linear else 1, -2)
-        unlike = by_position != (by_position[..., :1] if linear else by_position[:, :1, :1])
-        if bool(unlike.any()):
+        if linear:
+            whose = by_position.amax(1)
+            places = by_position[whose >= 0] >= 0
+            mixed = bool(((by_position >= 0) & (by_position != whose[:, None])).any())
+        else:
+            whose = by_position.flatten(1).amax(1)
+            places = (by_position[whose >= 0] >= 0).flatten(0, 1)
+            mixed = bool(((by_position >= 0) & (by_position != whose[:, None, None])).any())
+        # Channels may be left out (a learned variance), but the same everywhere.
+        if mixed or not bool((places == places[:1]).all()):
             raise UnsupportedHeadError(
-                f"expected the network to return all that {head.path!r} returns for a {'token' if linear else 'row'}, got "
-                f"{residual.numel()} of {len(owner)} numbers: networks that also predict a variance are not supported in fitting"
+                f"expected the network to return the same channels of {head.path!r} for each {'token' if linear else 'place'}, "
+                f"got {residual.numel()} of {len(owner)} numbers in a pattern of their own"
             )
         if not linear:
-            by_row = by_position[:, 0, 0]
+            by_row = whose
             yield inputs[by_row >= 0], values[by_row >= 0], rows, by_row[by_row >= 0]
             return
-        tokens, values, by_token = inputs.flatten(0, -2), values.flatten(0, -2), by_position[:, 0]
+        tokens, values, by_token = inputs.flatten(0, -2), values.flatten(0, -2), whose
         counts = by_token[by_token >= 0].bincount(minlength=len(rows))
         order = by_token.argsort(stable=True)[int((by_token < 0).sum()) :]
         first = counts.cumsum(0) - counts

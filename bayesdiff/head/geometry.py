@@ -19,6 +19,8 @@ from bayesdiff.checks import ShapeError, UnsupportedHeadError
 SQUARES = 2**18
 #: Rows of a factor that are applied at once.
 ROWS = 256
+#: Numbers of features that are written out at once.
+WRITTEN = 2**23
 
 PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 
@@ -301,6 +303,24 @@ class HeadGeometry:
             total[:n, n] += everything
             total[n, :n] += everything
             total[n, n] += count
+
+    @_as_given
+    def add_weighted_gram(self, inputs: Tensor, weights: Tensor, total: Tensor) -> None:
+        r"""Add :math:`\sum_{b,p} k_{bp}\varphi_{bp}\varphi_{bp}^\top` to ``total`` in place, in float64.
+
+        The features are written out, a chunk of rows at a time, where the weight is not 0.
+
+        Args:
+            inputs: What enters the layer.
+            weights: k ≥ 0, ``(B, P)``, P the positions of an output.
+            total: ``(D, D)`` float64.
+        """
+        rows = max(1, WRITTEN // (weights.shape[1] * self.in_features))
+        for x, k in zip(inputs.split(rows), weights.split(rows), strict=True):
+            phi, flat = self.design(x).flatten(0, 1), k.flatten().double()
+            used = flat != 0
+            phi = phi[used].double()
+            total += phi.T @ (phi * flat[used, None])
 
     def _patch_products(self, padded: Tensor) -> Tensor:
         """Σ over patches of patch ⊗ patch for a padded convolution input: ``(C_in, k_1, R, C_in, k_1, R)``, R entries a row."""

@@ -1,6 +1,10 @@
 r"""From sums to the parts of a posterior: noise, weights over timesteps, prior, precision and gradients.
 
 Everything here is cheap beside the pass over the data, so one set of sums serves every structure, covariance, prior and noise.
+
+What the loss was (its weights over t, ψ instead of r) enters the *sandwich* only: H and the scores. Noise variances, the
+evidence, the prior that it chooses, the GGN and the EF are those of the likelihood: Gaussian residuals of variance σ_t²,
+whatever the loss. Each of the N·M draws that the training saw is an observation of it.
 """
 
 from __future__ import annotations
@@ -12,9 +16,12 @@ import torch
 from torch import Tensor
 
 from bayesdiff.checks import ArgumentError, check_choice, check_int
+from bayesdiff.diffusion.weighting import WEIGHTINGS
 from bayesdiff.laplace.evidence import evidence_noise, evidence_prior_precision
+from bayesdiff.laplace.loss import Squares
 from bayesdiff.laplace.statistics import Statistics
 from bayesdiff.laplace.structure import COVARIANCES, STRUCTURES
+from bayesdiff.laplace.training import Scores, check_training_draws, score_factor
 
 
 def cut(
@@ -27,6 +34,7 @@ def cut(
     noise_variance: float | Tensor | str,
     loss_weights: str | Tensor,
     dataset_size: int | None,
+    training_draws: float | None = None,
 ) -> dict[str, Any]:
     """The fields of a posterior that come from the data, by name.
 
@@ -34,8 +42,18 @@ def cut(
     """
     check_settings(
         len(mean), statistics.num_bins, structure=structure, covariance=covariance, prior_precision=prior_precision,
-        noise_variance=noise_variance, loss_weights=loss_weights, dataset_size=dataset_size,
+        noise_variance=noise_variance, loss_weights=loss_weights, dataset_size=dataset_size, training_draws=training_draws,
     )  # fmt: skip
+    if covariance == "ef" and not (isinstance(statistics.loss, Squares) and not statistics.weighted):
+        raise ArgumentError(
+            f'expected statistics of squares without weights over t for covariance "ef", got those of {statistics.loss}, '
+            f"weighted={statistics.weighted}: its gradients are the likelihood's"
+        )
+    if statistics.weighted and not (isinstance(loss_weights, str) and loss_weights == "uniform"):
+        raise ArgumentError(
+            f"expected loss_weights to be left as they are, got {loss_weights}: the statistics were made with "
+            "weights of each draw"
+        )
     n = statistics.num_images
     noise = statistics.noise_variance()
     if not bool((noise > 0).all()):
@@ -43,9 +61,11 @@ def cut(
     size = n if dataset_size is None else dataset_size
     if size < n:
         raise ArgumentError(f"expected dataset_size >= the {n} images fitted to, got {size}")
-    scale = size / n
+    draws = statistics.num_draws / n
+    # From the draws here to the draws of the training: N·M instead of n·m.
+    scale = size / n * (1 if training_draws is None else training_draws / draws)
     diagonal = structure == "diag"
-    count = statistics.positions * statistics.geometry.out_channels
+    count = statistics.positions * statistics.trained_channels
     squares = statistics.squared_residuals.sum(1)
 
     def choose_prior(precision: Tensor) -> Tensor:
@@ -62,12 +82,16 @@ def cut(
     weights = 1 / noise
     if covariance == "sandwich":
         weights = _loss_weights(loss_weights, noise, statistics.pooled_variance())
-    precision = scale * statistics.precision(weights)
-    scores = statistics.image_scores(weights) * math.sqrt(scale)
+    curvature = statistics.loss_curvature if covariance == "sandwich" else statistics.precision
+    precision = scale * curvature(weights)
+    by_image = statistics.scores_by_image(weights)
+    scores, cut_share = _scores(statistics, by_image, weights, precision, covariance, training_draws)
+    scores = scores * math.sqrt(size)
+    full = precision
     if diagonal:
-        precision = precision.diagonal().clone()
+        precision = precision.diagonal(dim1=-2, dim2=-1).clone()
         scores = scores.square().sum(0, keepdim=True).sqrt()
-    elif len(scores) > scores[0].numel():
+    elif len(scores) > scores.shape[1] * scores.shape[2]:
         # More images than weights: the triangular factor has the same Gram matrix and fewer rows.
         scores = torch.linalg.qr(scores.flatten(1), mode="r").R.unflatten(1, scores.shape[1:])
     spectrum = _spectrum(statistics, covariance, scores, scale, noise, diagonal=diagonal)
@@ -75,11 +99,47 @@ def cut(
         scores = scores[:0]
     log_likelihood = -0.5 * scale * float((squares / noise + count * torch.log(2 * math.pi * noise)).sum())
     tau = _prior(prior_precision, spectrum.cpu(), mean)
+    origins = full.new_zeros(0, 2)
+    if covariance == "sandwich" and by_image.degrees:
+        origins = _origins(statistics, by_image, full, tau.to(full), training_draws or draws) * size
     return {
         "precision": precision.cpu().contiguous(), "spectrum": spectrum.cpu().contiguous(), "scores": scores.cpu().contiguous(),
         "prior_precision": float(tau[0]) if bool((tau == tau[0]).all()) else tau, "weights": weights.cpu(),
         "noise_variance": noise.cpu(), "log_likelihood": log_likelihood, "num_images": n, "dataset_size": size,
+        "draws_per_image": draws, "training_draws": training_draws, "origins": origins.cpu(), "cut_share": cut_share,
     }  # fmt: skip
+
+
+def _scores(
+    statistics: Statistics, by_image: Scores, weights: Tensor, precision: Tensor, covariance: str, training_draws: float | None
+) -> tuple[Tensor, float]:  # fmt: skip
+    """A factor of the covariance of an image's summed score over M draws, ``(R, C, D)``; the share that was cut."""
+    if covariance == "ggn":
+        return by_image.means[:0], 0.0
+    if training_draws is None:
+        return statistics.image_scores(weights) / math.sqrt(statistics.num_images), 0.0
+    metric = precision if precision.ndim == 2 else precision.mean(0)
+    factor, share = score_factor(by_image, training_draws, metric)
+    return factor * training_draws, share
+
+
+def _origins(statistics: Statistics, scores: Scores, precision: Tensor, tau: Tensor, training_draws: float) -> Tensor:
+    """What A and B/M add to the mean predictive variance over the features of each bin, ``(T, 2)``, for N = 1."""
+    gram = statistics.gram / statistics.positions.clamp(min=1)[:, None, None]
+    eye = torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
+    channels = len(tau)
+
+    def by_bin(factor: Tensor) -> Tensor:
+        total = gram.new_zeros(len(gram))
+        for c in range(channels):
+            h = precision if precision.ndim == 2 else precision[c]
+            rows = torch.linalg.solve(h + tau[c] * eye, factor[:, c].T @ factor[:, c])  # H⁻¹ S
+            total += torch.einsum("bij,ij->b", gram, torch.linalg.solve(h + tau[c] * eye, rows.T))
+        return total * training_draws**2 / channels
+
+    within = by_bin(scores.within)
+    between = by_bin(scores.total) - scores.inverse_draws * within
+    return torch.stack([between, within / training_draws], dim=1)
 
 
 def check_settings(
@@ -92,6 +152,7 @@ def check_settings(
     noise_variance: float | Tensor | str,
     loss_weights: str | Tensor,
     dataset_size: int | None,
+    training_draws: float | None = None,
 ) -> None:
     """What can be refused of the settings of a posterior before there are any statistics.
 
@@ -112,13 +173,22 @@ def check_settings(
             )
     else:
         _check_numbers("noise_variance", noise_variance, bins, 'timestep bin; or "residual", "evidence"')
+    if training_draws is not None:
+        check_training_draws(training_draws)
+    if (isinstance(loss_weights, str) and loss_weights in WEIGHTINGS) or callable(loss_weights):
+        raise ArgumentError(
+            f"expected loss_weights by bin, got {loss_weights!r}, which are a function of t: give them to "
+            "bayesdiff.fit, they enter with "
+            "the pass over the data"
+        )
     if isinstance(loss_weights, str):
         check_choice("loss_weights", loss_weights, ("uniform", "noise"))
     else:
         weights = torch.as_tensor(loss_weights)
         if weights.shape != (bins,) or not bool(((weights >= 0) & torch.isfinite(weights)).all()):
             raise ArgumentError(
-                f"expected loss_weights 'uniform', 'noise', or {bins} finite numbers >= 0, one for each timestep bin, got "
+                f"expected loss_weights 'uniform', 'noise', or {bins} finite numbers >= 0, one for each timestep "
+                "bin, got "
                 f"{loss_weights}"
             )
     if dataset_size is not None:

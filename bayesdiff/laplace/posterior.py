@@ -45,7 +45,7 @@ from bayesdiff.laplace.predictive import closed_variance, monte_carlo
 from bayesdiff.laplace.statistics import Statistics
 from bayesdiff.laplace.structure import COVARIANCES, STRUCTURES, TOLERANCE, Covariance, build
 
-FORMAT = 1
+FORMAT = 2
 
 
 def fingerprint(weight: Tensor) -> str:
@@ -64,7 +64,8 @@ class LaplacePosterior:
         geometry: How features come from the layer's input.
         structure: ``"full"``, ``"kron"``, ``"diag"`` or ``"lowrank"``.
         covariance: ``"sandwich"``, ``"ggn"`` or ``"ef"``.
-        precision: A = Σ w φφᵀ, without the prior: ``(D, D)``; its diagonal ``(D,)`` for ``"diag"``.
+        precision: A = Σ w φφᵀ, without the prior: ``(D, D)``; its diagonal ``(D,)`` for ``"diag"``. One for each channel,
+            ``(C, D, D)`` or ``(C, D)``, where the loss has another curvature in each.
         spectrum: The eigenvalues of the GGN's (or the EF's) precision without the prior by channel, ``(1 or C, D)``: all that the
             evidence needs. Its diagonal for ``"diag"``.
         scores: For ``"sandwich"`` and ``"ef"`` a matrix G with :math:`G^\top G = \sum_i g_i g_i^\top`, ``(R, C, D)``
@@ -75,7 +76,13 @@ class LaplacePosterior:
         log_likelihood: :math:`\log p(\text{data}\mid W)`, in nats.
         num_timesteps: Training timesteps that the bins divide.
         num_images: n, the images that the statistics come from.
-        dataset_size: N, the images that the posterior speaks for; statistics are scaled by N/n.
+        dataset_size: N, the images that the posterior speaks for.
+        draws_per_image: m, the draws (t, ε) of each image that the statistics come from, on average.
+        training_draws: M, those that the training had; None: not known, taken to be m.
+        origins: What A and B/M (:mod:`bayesdiff.laplace.training`) contribute to the mean predictive variance over the features
+            of each bin, ``(T, 2)``; see :meth:`shares`. Empty where one draw of each image does not tell.
+        cut_share: What was cut to make the covariance of the scores positive semidefinite: the sum of its negative eigenvalues,
+            over that of the positive ones, in the metric of the features.
         head_path: Where the head is in the network.
         rank: r of ``"lowrank"``; None: as ``tolerance`` asks.
         tolerance: For ``"lowrank"``, the share of the mean predictive variance that may be left to the diagonal.
@@ -98,6 +105,10 @@ class LaplacePosterior:
     num_images: int
     dataset_size: int
     head_path: str
+    draws_per_image: float = 1.0
+    training_draws: float | None = None
+    origins: Tensor = field(default_factory=lambda: torch.zeros(0, 2, dtype=torch.float64), repr=False)
+    cut_share: float = 0.0
     rank: int | None = None
     tolerance: float = TOLERANCE
     temperature: float = 1.0
@@ -145,6 +156,7 @@ class LaplacePosterior:
         noise_variance: float | Tensor | str = "residual",
         loss_weights: str | Tensor = "uniform",
         dataset_size: int | None = None,
+        training_draws: float | None = None,
         num_timesteps: int = 1000,
         rank: int | None = None,
         tolerance: float = TOLERANCE,
@@ -165,6 +177,9 @@ class LaplacePosterior:
                 with: ``"uniform"``, ``"noise"`` (:math:`1/\sigma_t^2`), or a tensor with one for each bin.
             dataset_size: N, the number of images that the network was trained on: statistics are
                 scaled by N/n. By default n: the posterior of a network trained on the n images given.
+            training_draws: M ≥ 1, how many draws (t, ε) each of them had in the training, steps · batch size / N on average. By
+                default as many as in the statistics. Other than those of the statistics, it needs at least two draws of some
+                images.
             num_timesteps: Training timesteps that the bins of the statistics divide.
             rank: r of ``"lowrank"``; by default as many as ``tolerance`` asks.
             tolerance: The share of the mean predictive variance that ``"lowrank"`` may leave to its diagonal.
@@ -174,11 +189,15 @@ class LaplacePosterior:
             EmptyDataError: The statistics are empty.
             ArgumentError: An argument is out of range, or the residuals vanish.
             NotPositiveDefiniteError: Λ + τI has no Cholesky factor in float64.
+
+        Warns:
+            ProjectionWarning: The covariance over M draws, estimated from fewer, was indefinite.
         """
         return cls._cut(
             statistics, head.weight().cpu(), head.path, structure=structure, covariance=covariance,
             prior_precision=prior_precision, noise_variance=noise_variance, loss_weights=loss_weights,
-            dataset_size=dataset_size, num_timesteps=num_timesteps, rank=rank, tolerance=tolerance, temperature=temperature,
+            dataset_size=dataset_size, training_draws=training_draws, num_timesteps=num_timesteps, rank=rank, tolerance=tolerance,
+            temperature=temperature,
         )  # fmt: skip
 
     @classmethod
@@ -197,8 +216,8 @@ class LaplacePosterior:
 
         Args:
             changes: Any keyword of :meth:`from_statistics`. What is not named stays: structure, covariance, prior, noise,
-                dataset size, rank, tolerance, temperature. Where the covariance changes, the weights over t are those of its
-                default unless ``loss_weights`` is given.
+                dataset size, training draws, rank, tolerance, temperature. Where the covariance changes, the weights over t are
+                those of its default unless ``loss_weights`` is given.
 
         Raises:
             ArgumentError: The posterior was loaded from a file, which has no sums; or a setting is out of range.
@@ -210,12 +229,13 @@ class LaplacePosterior:
             )
         covariance = changes.get("covariance", self.covariance)
         own: str | Tensor = "uniform"
-        if covariance == "sandwich" == self.covariance:
+        if covariance == "sandwich" == self.covariance and not self.statistics.weighted:
             own = self.weights * self.statistics.pooled_variance()
         settings: dict[str, Any] = {
             "structure": self.structure, "covariance": covariance, "prior_precision": self.prior_precision,
             "noise_variance": self.noise_variance, "loss_weights": own, "dataset_size": self.dataset_size,
-            "num_timesteps": self.num_timesteps, "rank": self.rank, "tolerance": self.tolerance,
+            "training_draws": self.training_draws, "num_timesteps": self.num_timesteps, "rank": self.rank,
+            "tolerance": self.tolerance,
             "temperature": self.temperature,
         }  # fmt: skip
         unknown = sorted(set(changes) - set(settings))
@@ -227,6 +247,36 @@ class LaplacePosterior:
     def fingerprint(self) -> str:
         """SHA-256 of the weights that the posterior was fitted around."""
         return fingerprint(self.mean)
+
+    def shares(self) -> list[dict[str, float]]:
+        """Where the mean predictive variance comes from, by timestep bin.
+
+        Returns:
+            One row for each bin that has draws: ``t_low`` and ``t_high``, its timesteps; ``between``, the variance by which
+            images were in the data set (A/N), and ``within``, that by their M draws of (t, ε) (B/(NM)), in squared units of the
+            network's output, means over the features of the bin and the output channels; ``share_between`` and
+            ``share_within``, which sum to 1. They are unbiased estimates of the full sandwich, whatever the structure: what is
+            next to nothing between images may come out below 0.
+
+        Raises:
+            ArgumentError: There was one draw of each image, or the covariance is not the sandwich.
+        """
+        if not len(self.origins):
+            raise ArgumentError(
+                "expected a sandwich fitted with draws_per_image >= 2, to tell A from B, got "
+                f"covariance {self.covariance!r} with {self.draws_per_image:g} draws of each image"
+            )
+        width = self.num_timesteps / len(self.origins)
+        rows = []
+        for b, (between, within) in enumerate((self.temperature * self.origins).tolist()):
+            total = between + within
+            if total == 0:  # no draws
+                continue
+            rows.append({
+                "t_low": b * width, "t_high": (b + 1) * width, "between": between, "within": within,
+                "share_between": between / total, "share_within": within / total,
+            })  # fmt: skip
+        return rows
 
     def check(self, model: Any, head: str | None = None) -> Head:
         """Find the head of a network or pipeline and make sure that the posterior is of its weights.
@@ -247,7 +297,8 @@ class LaplacePosterior:
         if not torch.equal(self.mean.to(dtype).double(), weight):
             raise HeadMismatchError(
                 f"expected the head's weights to have the fingerprint {self.fingerprint[:12]}…, got "
-                f"{fingerprint(weight)[:12]}… (largest difference {(weight - self.mean).abs().max():.3g}): the posterior "
+                f"{fingerprint(weight)[:12]}… (largest difference {(weight - self.mean).abs().max():.3g}): the "
+                "posterior "
                 "was fitted to another network; fit it again with bayesdiff.fit"
             )
         return found
@@ -383,7 +434,8 @@ class LaplacePosterior:
         variance = self.variance(features).double()
         if residuals.shape != variance.shape or timesteps.shape != variance.shape[:1]:
             raise ShapeError(
-                f"expected residuals {tuple(variance.shape)} and {len(variance)} timesteps, got {tuple(residuals.shape)} and "
+                f"expected residuals {tuple(variance.shape)} and {len(variance)} timesteps, got "
+                f"{tuple(residuals.shape)} and "
                 f"{tuple(timesteps.shape)}"
             )
         bins = (
@@ -417,6 +469,7 @@ class LaplacePosterior:
         tensors = {
             "mean": self.mean, "precision": self.precision, "spectrum": self.spectrum, "scores": self.scores,
             "weights": self.weights, "noise_variance": self.noise_variance, "prior_precision": self._tau(),
+            "origins": self.origins,
         }  # fmt: skip
         meta = {
             "fingerprint": self.fingerprint,
@@ -432,6 +485,9 @@ class LaplacePosterior:
             "num_timesteps": self.num_timesteps,
             "num_images": self.num_images,
             "dataset_size": self.dataset_size,
+            "draws_per_image": self.draws_per_image,
+            "training_draws": self.training_draws,
+            "cut_share": self.cut_share,
         }
         write_folder(folder, "posterior", FORMAT, tensors, meta)
 
@@ -456,11 +512,13 @@ class LaplacePosterior:
                 tensors["precision"], tensors["spectrum"], tensors["scores"],
                 float(tau[0]) if bool((tau == tau[0]).all()) else tau, tensors["weights"], tensors["noise_variance"],
                 meta["log_likelihood"], meta["num_timesteps"], meta["num_images"], meta["dataset_size"], meta["head"],
-                meta["rank"], meta["tolerance"], meta["temperature"],
+                meta["draws_per_image"], meta["training_draws"], tensors["origins"], meta["cut_share"], meta["rank"],
+                meta["tolerance"], meta["temperature"],
             )  # fmt: skip
         except (KeyError, TypeError, ValueError, IndexError) as error:
             raise PosteriorFileError(
-                f"expected a posterior saved by LaplacePosterior.save in {str(folder)!r}, got {type(error).__name__}: {error}"
+                f"expected a posterior saved by LaplacePosterior.save in {str(folder)!r}, got "
+                f"{type(error).__name__}: {error}"
             ) from error
         if posterior.fingerprint != meta["fingerprint"]:
             raise PosteriorFileError(

@@ -1,24 +1,34 @@
 r"""Streaming sufficient statistics of the head's linear regression.
 
-The head is linear and the loss is squared error, so all that any Laplace posterior over it needs are
+The head is linear, so all that any Laplace posterior over it needs are
 sums over the data: the Gram matrix of the features, the residual sum of squares, and the gradient of
-each image. They are kept apart by timestep (in ``num_bins`` equal bins), because the noise variance
+each draw. They are kept apart by timestep (in ``num_bins`` equal bins), because the noise variance
 :math:`\sigma_t^2` that weighs them is estimated from the same pass and spans orders of magnitude over t.
 Sums add: over batches, processes and machines.
+
+Where the training loss is not squared error (:mod:`bayesdiff.laplace.loss`), or has weights w that are a function of t,
+gradients are :math:`w\psi(r)\varphi^\top`, and a second Gram matrix is kept, that of the loss's curvature :math:`w\psi'(r)`.
+Over the output channels its pattern is the mean one, and its size each channel's own. The likelihood's sums stay those of
+squares.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from bayesdiff.checks import EmptyDataError, ShapeError, check_finite, check_int
+from bayesdiff.checks import ArgumentError, EmptyDataError, ShapeError, check_finite, check_int
 from bayesdiff.head.geometry import HeadGeometry
 from bayesdiff.io import read_folder, write_folder
+from bayesdiff.laplace.loss import Loss, Squares, as_loss, from_dict, to_dict
+from bayesdiff.laplace.training import Scores
 
-FORMAT = 1
+FORMAT = 2
+_SUMS = ("gram", "squared_residuals", "positions", "curvatures", "squared_scores")
 
 
 class Statistics:
@@ -28,26 +38,50 @@ class Statistics:
         geometry: The head's geometry; C outputs, D features.
         num_bins: T, the number of timestep bins.
         device: Where the sums are kept; float64.
+        loss: The loss that the network was trained with: a name, or an object of :mod:`bayesdiff.laplace.loss`.
+        weighted: Whether each draw comes with a weight of its own, as a function of t gives it.
 
     Attributes:
         gram: :math:`\sum \varphi\varphi^\top` by bin, ``(T, D, D)``.
         squared_residuals: :math:`\sum r^2` by bin and channel, ``(T, C)``.
         positions: Number of positions (pixels, tokens) summed, by bin, ``(T,)``.
+        curvature: :math:`\sum w\psi'(r)\varphi\varphi^\top` by bin, ψ' the mean over channels, ``(T, D, D)``; None where it is
+        ``gram``. curvatures: :math:`\sum w\psi'(r)` by bin and channel, ``(T, C)``. squared_scores: :math:`\sum w^2\psi(r)^2`
+        by bin and channel, ``(T, C)``.
     """
 
-    def __init__(self, geometry: HeadGeometry, num_bins: int = 10, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        geometry: HeadGeometry,
+        num_bins: int = 10,
+        device: torch.device | str = "cpu",
+        *,
+        loss: str | Loss = "squares",
+        weighted: bool = False,
+    ) -> None:
         self.geometry = geometry
         self.num_bins = check_int("num_bins", num_bins, least=1)
+        self.loss, self.weighted = as_loss(loss), weighted
         d, c = geometry.in_features, geometry.out_channels
         self.gram = torch.zeros(num_bins, d, d, dtype=torch.float64, device=device)
         self.squared_residuals = torch.zeros(num_bins, c, dtype=torch.float64, device=device)
         self.positions = torch.zeros(num_bins, dtype=torch.float64, device=device)
-        self._scores: list[Tensor] = []  # (B, C, D): Σ_p r φᵀ of one draw
+        plain = isinstance(self.loss, Squares) and not weighted
+        self.curvature = None if plain else torch.zeros_like(self.gram)
+        self.curvatures = torch.zeros_like(self.squared_residuals)
+        self.squared_scores = torch.zeros_like(self.squared_residuals)
+        self._scores: list[Tensor] = []  # (B, C, D): Σ_p w ψ(r) φᵀ of one draw
         self._score_images: list[Tensor] = []
         self._score_bins: list[Tensor] = []
 
     def update(
-        self, inputs: Tensor, residuals: Tensor, bins: Tensor, images: Tensor, rows: Tensor | None = None
+        self,
+        inputs: Tensor,
+        residuals: Tensor,
+        bins: Tensor,
+        images: Tensor,
+        rows: Tensor | None = None,
+        weights: Tensor | None = None,
     ) -> None:
         r"""Add a batch of draws.
 
@@ -58,8 +92,11 @@ class Statistics:
             images: The number of the image behind each draw, ``(B,)`` int64. Draws of one image are
                 not independent, so their gradients are summed before they are squared.
             rows: Which of the draws each row of the inputs belongs to, int64, where a draw has several: a video's frames.
+            weights: w of each draw, ``(B,)``; only, and always, where the statistics are ``weighted``.
 
         Raises:
+            ArgumentError: There are weights and should be none, or the other way round; or the loss cannot be used for such
+            draws.
             NonFiniteError: Features or residuals are NaN or infinite.
             ShapeError: The shapes don't fit.
         """
@@ -69,6 +106,14 @@ class Statistics:
                 "expected one residual, bin and image number for each input, got "
                 f"{len(inputs)}, {len(residuals)}, {count if len(bins) == len(images) else len(bins)}, {len(images)}"
             )
+        if (weights is None) == self.weighted:
+            raise ArgumentError(
+                f"expected {'a weight' if self.weighted else 'no weights'} for each draw, as when the statistics "
+                "were made, got "
+                f"{'none' if weights is None else 'some'}"
+            )
+        if weights is not None and weights.shape != bins.shape:
+            raise ShapeError(f"expected one weight for each of {len(bins)} draws, got {tuple(weights.shape)}")
         hint = "the network overflows in this dtype: use bfloat16 or float32"
         dtype, device = torch.promote_types(inputs.dtype, torch.float32), self.gram.device
         x = check_finite("features", inputs, hint).to(device, dtype)
@@ -84,30 +129,84 @@ class Statistics:
         self.squared_residuals.index_add_(0, by_row, by_channel.square().sum(2, dtype=torch.float64))
         ones = torch.full((len(by_row),), float(by_channel.shape[2]), dtype=torch.float64, device=device)
         self.positions.index_add_(0, by_row, ones)
+        r = self._add_curvature(x, r, by_channel, by_row, None if weights is None else weights.to(r)[rows])
         scores = self.geometry.outer(x, r).double()
         self._scores.append(scores.new_zeros(len(bins), *scores.shape[1:]).index_add_(0, rows, scores))
         self._score_images.append(images)
         self._score_bins.append(bins)
 
-    def merge(self, other: Statistics) -> Statistics:
-        """Add the statistics of other images (their numbers must differ from ours); returns self.
+    def _add_curvature(self, x: Tensor, r: Tensor, by_channel: Tensor, bins: Tensor, weights: Tensor | None) -> Tensor:
+        """Add the curvature of the loss; returns wψ(r), shaped as r. All by row of the inputs."""
+        score = self.loss.score(r)
+        if self.curvature is None:
+            self.curvatures.index_add_(0, bins, by_channel.new_full(by_channel.shape[:2], by_channel.shape[2]).double())
+            self.squared_scores.index_add_(0, bins, by_channel.square().sum(2, dtype=torch.float64))
+            return score
+        slope = self.loss.curvature(by_channel)
+        slope = torch.ones_like(by_channel) if slope is None else slope
+        square = self.loss.score(by_channel).square()
+        if weights is not None:
+            slope, square = slope * weights[:, None, None], square * weights.square()[:, None, None]
+            score = score * weights.view(-1, *(1,) * (r.ndim - 1))
+        self.curvatures.index_add_(0, bins, slope.sum(2, dtype=torch.float64))
+        self.squared_scores.index_add_(0, bins, square.sum(2, dtype=torch.float64))
+        for b in bins.unique().tolist():
+            chosen = bins == b
+            self.geometry.add_weighted_gram(x[chosen], slope[chosen].mean(1), self.curvature[b])
+        return score
+
+    def merge(self, other: Statistics, *, same_images: bool = False) -> Statistics:
+        """Add other statistics; returns self.
+
+        Args:
+            other: Of the same head, bins and loss.
+            same_images: Whether an image's number means the same image in both: then draws of one image are put together, as they
+                are where two fits of the same data drew anew. By default all images are others than ours, whatever their
+                numbers, as in fits of parts of the data; they are numbered on from ours.
 
         Raises:
             ShapeError: They belong to another head or have other bins.
+            ArgumentError: They are of another loss; or ``same_images``, and some draws are the very same: both fits had the
+                same seed.
         """
         if other.geometry != self.geometry or other.num_bins != self.num_bins:
             raise ShapeError(
                 f"expected statistics of {self.geometry} in {self.num_bins} bins, got {other.geometry} in "
                 f"{other.num_bins}"
             )
+        if (other.loss, other.weighted) != (self.loss, self.weighted):
+            raise ArgumentError(
+                f"expected statistics of the loss {self.loss}, weighted={self.weighted}, got {other.loss}, "
+                f"weighted={other.weighted}"
+            )
+        shift = 0
+        if not same_images and self._scores and other._scores:
+            shift = 1 + int(torch.cat(self._score_images).max()) - min(0, int(torch.cat(other._score_images).min()))
+        elif same_images and self._draws() & other._draws():
+            raise ArgumentError(
+                "expected other draws of the same images, got some of the very same: give each fit a generator "
+                "with a seed of its own"
+            )
         self.gram += other.gram.to(self.gram)
+        if self.curvature is not None and other.curvature is not None:
+            self.curvature += other.curvature.to(self.gram)
+        self.curvatures += other.curvatures.to(self.gram)
+        self.squared_scores += other.squared_scores.to(self.gram)
         self.squared_residuals += other.squared_residuals.to(self.gram)
         self.positions += other.positions.to(self.gram)
         device = self.gram.device
         self._scores += [s.to(device) for s in other._scores]
-        self._score_images += [s.to(device) for s in other._score_images]
+        self._score_images += [s.to(device) + shift for s in other._score_images]
         self._score_bins += [s.to(device) for s in other._score_bins]
         return self
+
+    def _draws(self) -> set[tuple[int, float]]:
+        """Image and squared score of each draw: no two draws have the same by chance."""
+        return {
+            (i, v)
+            for images, scores in zip(self._score_images, self._scores, strict=True)
+            for i, v in zip(images.tolist(), scores.square().sum((1, 2)).tolist(), strict=True)
+        }
 
     @property
     def num_images(self) -> int:
@@ -119,8 +218,13 @@ class Statistics:
         """How many (image, timestep, noise) draws were added."""
         return sum(len(s) for s in self._scores)
 
+    @property
+    def trained_channels(self) -> int:
+        """How many outputs of the head are compared with a target: those whose residuals are not all 0 (a learned variance's)."""
+        return int((self.squared_residuals.sum(0) > 0).sum()) or self.geometry.out_channels
+
     def noise_variance(self) -> Tensor:
-        r"""The residual variance of each bin, :math:`\sigma_b^2 = \sum r^2 / (P_b C)`: ``(T,)``.
+        r"""The residual variance of each bin, :math:`\sigma_b^2 = \sum r^2 / (P_b C)`, C the trained channels: ``(T,)``.
 
         A bin without draws takes the value of the nearest bin that has some.
 
@@ -130,13 +234,20 @@ class Statistics:
         seen = self.positions.nonzero().flatten()
         if not len(seen):
             raise EmptyDataError("expected at least one image to fit to, got none")
-        total = self.squared_residuals.sum(1) / (self.positions.clamp(min=1) * self.geometry.out_channels)
+        total = self.squared_residuals.sum(1) / (self.positions.clamp(min=1) * self.trained_channels)
         nearest = (torch.arange(self.num_bins, device=seen.device)[:, None] - seen).abs().argmin(1)
         return total[seen[nearest]]
 
     def pooled_variance(self) -> float:
-        """The residual variance over all bins together."""
-        return float(self.squared_residuals.sum() / (self.positions.sum() * self.geometry.out_channels))
+        r"""The variance of the scores over the curvature, :math:`\sum w^2\psi^2/\sum w\psi'`, over all bins together.
+
+        For squares without weights it is the residual variance. One over it, as the factor of the loss, is the scale at which
+        scores that are independent of each other would have the curvature as their covariance: the units of a log-likelihood.
+        Outputs that are not compared with a target are left out.
+        """
+        trained = self.squared_residuals.sum(0) > 0
+        curvatures = self.curvatures[:, trained] if bool(trained.any()) else self.curvatures
+        return float(self.squared_scores.sum() / curvatures.sum())
 
     def precision(self, weights: Tensor) -> Tensor:
         r""":math:`\sum_b w_b \sum \varphi\varphi^\top`, ``(D, D)``, without the prior.
@@ -146,18 +257,82 @@ class Statistics:
         """
         return torch.einsum("bij,b->ij", self.gram, weights.to(self.gram))
 
-    def image_scores(self, weights: Tensor) -> Tensor:
-        r""":math:`g_i = \sum_{draws} w_b \sum_p r\varphi^\top`, one row for each image: ``(n, C, D)``.
+    def loss_curvature(self, weights: Tensor) -> Tensor:
+        r""":math:`\sum_b w_b \sum w\psi'\varphi\varphi^\top`: ``(D, D)``; ``(C, D, D)`` if channels differ in it.
+
+        Args:
+            weights: :math:`w_b`, one for each bin, ``(T,)``.
+        """
+        if self.curvature is None:
+            return self.precision(weights)
+        mean = self.curvatures.mean(1, keepdim=True)
+        size = torch.where(mean > 0, self.curvatures / mean, 1.0) * weights.to(self.gram)[:, None]  # (T, C)
+        if bool((size == size[:, :1]).all()):
+            return torch.einsum("bij,b->ij", self.curvature, size[:, 0])
+        return torch.einsum("bij,bc->cij", self.curvature, size)
+
+    def draw_scores(self, weights: Tensor) -> tuple[Tensor, Tensor]:
+        r""":math:`g_{ij} = w_b \sum_p w\psi(r)\varphi^\top` of each draw, ``(draws, C, D)``, and its image's row, ``(draws,)``.
 
         Raises:
             EmptyDataError: No draws were added.
         """
         if not self._scores:
             raise EmptyDataError("expected at least one image to fit to, got none")
-        images, rows = torch.cat(self._score_images).unique(return_inverse=True)
+        _, rows = torch.cat(self._score_images).unique(return_inverse=True)
         by_draw = weights.to(self.gram)[torch.cat(self._score_bins)]
-        out = self.gram.new_zeros(len(images), self.geometry.out_channels, self.geometry.in_features)
-        return out.index_add_(0, rows, torch.cat(self._scores) * by_draw[:, None, None])
+        return torch.cat(self._scores) * by_draw[:, None, None], rows
+
+    def scores_by_image(self, weights: Tensor) -> Scores:
+        """Means and deviations of each image's draws: see :mod:`bayesdiff.laplace.training`."""
+        return Scores.of(*self.draw_scores(weights))
+
+    def image_scores(self, weights: Tensor) -> Tensor:
+        r""":math:`g_i = \sum_{draws} w_b \sum_p w\psi(r)\varphi^\top`, one row for each image: ``(n, C, D)``.
+
+        Raises:
+            EmptyDataError: No draws were added.
+        """
+        scores, rows = self.draw_scores(weights)
+        return scores.new_zeros(self.num_images, *scores.shape[1:]).index_add_(0, rows, scores)
+
+    @property
+    def num_batches(self) -> int:
+        """How often :meth:`update` was called."""
+        return len(self._scores)
+
+    def meta(self) -> dict[str, Any]:
+        """What the sums are of, as JSON has it."""
+        return {"geometry": self.geometry.to_dict(), "loss": to_dict(self.loss), "weighted": self.weighted}
+
+    def sums(self) -> dict[str, Tensor]:
+        """What is of one size however many draws there are."""
+        out = {name: getattr(self, name) for name in _SUMS}
+        return out if self.curvature is None else {**out, "curvature": self.curvature}
+
+    def draws_since(self, batch: int) -> dict[str, Tensor]:
+        """What is kept of single draws, of all batches from number ``batch`` on; empty if there are none."""
+        if batch >= len(self._scores):
+            return {}
+        lists = {"scores": self._scores, "images": self._score_images, "bins": self._score_bins}
+        return {name: torch.cat(values[batch:]) for name, values in lists.items()}
+
+    @classmethod
+    def from_state(
+        cls, meta: Mapping[str, Any], sums: Mapping[str, Tensor], draws: Sequence[Mapping[str, Tensor]],
+        device: torch.device | str = "cpu",
+    ) -> Statistics:  # fmt: skip
+        """The statistics that :meth:`meta`, :meth:`sums` and :meth:`draws_since` were taken from, ``draws`` in their order."""
+        out = cls(
+            HeadGeometry.from_dict(dict(meta["geometry"])), len(sums["positions"]), device, loss=from_dict(meta["loss"]),
+            weighted=meta["weighted"],
+        )  # fmt: skip
+        for name in _SUMS if out.curvature is None else (*_SUMS, "curvature"):
+            setattr(out, name, sums[name].to(device))
+        out._scores, out._score_images, out._score_bins = (
+            [part[k].to(device) for part in draws] for k in ("scores", "images", "bins")
+        )
+        return out
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the sums, so that posteriors can be cut from them later, or merged with those of other processes.
@@ -168,11 +343,8 @@ class Statistics:
         """
         if not self._scores:
             raise EmptyDataError("expected at least one image to save the sums of, got none")
-        tensors = {
-            "gram": self.gram, "squared_residuals": self.squared_residuals, "positions": self.positions,
-            "scores": torch.cat(self._scores), "images": torch.cat(self._score_images), "bins": torch.cat(self._score_bins),
-        }  # fmt: skip
-        write_folder(folder, "statistics", FORMAT, tensors, {"geometry": self.geometry.to_dict()})
+        tensors = {**self.sums(), **self.draws_since(0)}
+        write_folder(folder, "statistics", FORMAT, tensors, self.meta())
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str], device: torch.device | str = "cpu") -> Statistics:
@@ -182,11 +354,4 @@ class Statistics:
             PosteriorFileError: A file is missing, damaged, truncated or of an unknown version.
         """
         tensors, meta = read_folder(folder, "statistics", FORMAT)
-        out = cls(HeadGeometry.from_dict(meta["geometry"]), len(tensors["positions"]), device)
-        out.gram, out.squared_residuals, out.positions = (
-            tensors[k].to(device) for k in ("gram", "squared_residuals", "positions")
-        )
-        out._scores, out._score_images, out._score_bins = (
-            [tensors[k].to(device)] for k in ("scores", "images", "bins")
-        )
-        return out
+        return cls.from_state(meta, tensors, [tensors], device)

@@ -80,7 +80,7 @@ def build(
         structure: One of :data:`STRUCTURES`.
         covariance: One of :data:`COVARIANCES`.
         precision: A, ``(D, D)``; its diagonal ``(D,)`` for ``"diag"``. Not used by ``"ef"`` but as the metric of
-            ``"lowrank"``.
+            ``"lowrank"``. For the sandwich there may be one for each channel: ``(C, D, D)``, ``(C, D)``.
         scores: A matrix G with :math:`G^\top G = \sum_i g_i g_i^\top`, ``(rows, C, D)``; for ``"diag"`` one row, the root
             of the diagonal. Not used by ``"ggn"``.
         prior_precision: τ by channel, ``(C,)``; ``"ef"`` and ``"kron"`` need one τ for all.
@@ -104,12 +104,19 @@ def build(
         factors = torch.stack([_inverse_root(precision, t) for t in prior_precision[: 1 if shared else c].tolist()])
         return _lowrank(factors, c, precision, rank, tolerance) if structure == "lowrank" else _channelwise(factors, c)
     if covariance == "sandwich":
-        if structure == "kron":
+        if structure == "kron" and precision.ndim == 2:
             channels, features, error = nearest_kronecker(scores)
             return _product(_root(features) @ _solve(precision, tau), channels, error)
-        inverse = [_solve(precision, t) for t in (prior_precision[:1] if shared else prior_precision).tolist()]
+        if precision.ndim == 2:
+            inverse = [_solve(precision, t) for t in (prior_precision[:1] if shared else prior_precision).tolist()]
+        else:
+            inverse = [_solve(h, t) for h, t in zip(precision, prior_precision.tolist(), strict=True)]
         root = torch.stack([scores[:, i] @ inverse[i % len(inverse)] for i in range(c)], dim=1)  # G H⁻¹, (R, C, D)
-        return _joint_lowrank(root, precision, rank, tolerance) if structure == "lowrank" else _joint(root)
+        if structure == "kron":  # no H for all channels: the nearest product is that of Σ itself
+            channels, features, error = nearest_kronecker(root)
+            return _product(_root(features), channels, error)
+        metric = precision if precision.ndim == 2 else precision.mean(0)
+        return _joint_lowrank(root, metric, rank, tolerance) if structure == "lowrank" else _joint(root)
     if structure == "kron":
         channels, features, error = nearest_kronecker(scores)
         return _spectral(channels, features, tau, error)

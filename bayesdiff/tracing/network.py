@@ -216,7 +216,7 @@ class Session:
         """The boxes put over their modules' methods, and taken off again."""
         with ExitStack() as stack:
             for box in (self.network, *self.others):
-                stack.enter_context(_over(box, self._call))
+                stack.enter_context(over(box, self._call))
             yield
 
     def _call(self, box: Box, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -361,7 +361,7 @@ def _other_rows(output: Any, listed: bool) -> list[Tensor]:
 
 
 @contextmanager
-def _over(box: Box, call: Callable[[Box, tuple[Any, ...], dict[str, Any]], Any]) -> Iterator[None]:
+def over(box: Box, call: Callable[[Box, tuple[Any, ...], dict[str, Any]], Any]) -> Iterator[None]:
     """``call`` in the place of a module's method, on the instance; what was there before comes back."""
     attributes = box.module.__dict__
 

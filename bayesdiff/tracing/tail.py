@@ -132,7 +132,7 @@ class Reading:
                 f"expected {wanted} through {self.head.path!r} in a network call, got {len(self.inputs)}: name the output "
                 'layer with head="path.to.layer"; a compiled network that ran before must be given uncompiled'
             )
-        parts = tuple(self._part(f) for f in tensors(output))
+        parts = tuple(self.part(f) for f in tensors(output))
         if not any(parts):
             raise UnsupportedHeadError(
                 f"expected the network's output to depend on {self.head.path!r}, got none of its numbers in the output"
@@ -140,7 +140,7 @@ class Reading:
         features = self.inputs[0] if self.passes == 1 else torch.cat(self.inputs)
         return features.clone() if features._is_view() else features, Tail(parts), self.rounding
 
-    def _part(self, f: Tensor) -> Part | None:
+    def part(self, f: Tensor) -> Part | None:
         t = self.trace.tangents(f)
         if t is not None and torch.equal(t, torch.cat(self.numbers, dim=1)):
             return Part(f.shape, None, torch.ones(1), self.size)

@@ -1,18 +1,24 @@
-"""The judge of the posterior: bootstrap refits of the head, against its closed-form variance.
+"""The judge of the posterior: refits of the head on resampled images and fresh draws, against its closed-form variance.
 
-    python -m experiments.posterior_check
+    python -m experiments.posterior_check --model fashion-ddpm
 
-The head is linear regression, so refitting it on a bootstrap resample of the training images is exact and
-cheap: each image keeps its Gram matrix and cross moments, a resample is a weighted sum of them, the refit one
-Cholesky solve. The variance of the refitted heads' predictions on held-out images, at six timesteps, is what a
-posterior over the head should say. The weights of the regression over t (those of the training loss: equal ones) and
-the ridge are the posterior's. ``--loss-weights noise`` weighs by 1/σ_t² instead, both the refits and the sandwich.
+A refit trains the head anew: on images resampled from those that the posterior was fitted on, each with M draws (t, ε) that the
+posterior has not seen. For squares it is one Cholesky solve, for other losses an iteration that knows nothing of the posterior.
+The variance of the refitted heads' predictions on held-out samples, at six timesteps, is what a posterior over the head should
+say. The ridge is the posterior's, and so are loss, weights and density of t. Beside the posterior that is told M stand what
+other settings make of the same sums.
+
+Under another loss or density than the model's own (``--settle``) the head is first refitted under them, on draws of its own: a
+posterior is that of a minimum.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 import time
+import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,164 +26,190 @@ import torch
 import typer
 from matplotlib.figure import Figure
 from torch import Tensor
-from tqdm import tqdm
 
 import bayesdiff
-from bayesdiff.diffusion.noising import draw, noised
+from bayesdiff.checks import BayesdiffWarning
+from bayesdiff.diffusion.density import Density, as_density
+from bayesdiff.diffusion.weighting import Weighting, as_weighting
 from bayesdiff.io import write_figure
-from bayesdiff.laplace.posterior import LaplacePosterior
+from bayesdiff.laplace.loss import Loss, Squares, as_loss
 from experiments.common import agreement, command, record, results_folder, table
+from experiments.posterior_check.refits import least_squares, m_estimates, resample
+from experiments.posterior_check.subject import Subject
 
 TIMESTEPS = (20, 100, 250, 500, 750, 950)
+SHOWN = "M is told"
+#: Draws of each image, and ridge, with which the head is settled.
+SETTLING, RIDGE = 4, 1e-6
 
 
-def features_and_targets(pipe: Any, images: Tensor, labels: Tensor, t: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-    """What enters the head, and the target, for noised images."""
-    x_t, wanted = noised(pipe.scheduler, images, noise, t)
-    with torch.no_grad(), bayesdiff.find_head(pipe).capture() as captured:
-        pipe.unet(x_t.float(), t, class_labels=labels)
-    return captured[0], wanted
+def posteriors(fitted: bayesdiff.LaplacePosterior) -> dict[str, bayesdiff.LaplacePosterior]:
+    """What is judged, by name."""
+    tau = fitted.prior_precision
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", BayesdiffWarning)  # the same projection again
+        out = {
+            SHOWN: fitted,
+            "M = m assumed": fitted.recut(training_draws=None),
+            "lowrank": fitted.recut(structure="lowrank"),
+            "kron": fitted.recut(structure="kron") if isinstance(tau, float) else fitted,
+            "diag": fitted.recut(structure="diag"),
+            "ggn": fitted.recut(covariance="ggn"),
+        }
+    return out
 
 
-def image_moments(pipe: Any, data: Any, bin_weights: Tensor, seed: int, draws: int) -> tuple[Tensor, Tensor]:
-    """Each image's Gram matrix (upper triangle) and cross moments: ``(n, D(D+1)/2)`` and ``(n, C, D)``."""
-    head = bayesdiff.find_head(pipe)
-    d, bins = head.in_features, len(bin_weights)
-    upper = torch.triu_indices(d, d)
-    n = data.num_images
-    grams = torch.zeros(n, upper.shape[1], dtype=torch.float64)
-    crosses = torch.zeros(n, head.out_channels, d, dtype=torch.float64)
-    shape = tuple(data.images.shape[1:])
-    for first in tqdm(range(0, n, 50), desc="image moments"):
-        count = min(50, n - first)
-        t, noise = draw(pipe.scheduler, shape, seed, first, count, draws)
-        rows = torch.arange(first, first + count).repeat_interleave(draws)
-        phi, wanted = features_and_targets(pipe, data.images[rows], data.labels[rows], t, noise)
-        weights = bin_weights[(t * bins / 1000).long()]
-        for i, row in enumerate(rows.tolist()):
-            x = phi[i : i + 1].double()
-            grams[row] += weights[i] * head.geometry.gram(x)[upper[0], upper[1]]
-            crosses[row] += weights[i] * head.geometry.outer(x, wanted[i : i + 1])[0]
-    return grams, crosses
+@dataclass(frozen=True)
+class Training:
+    """What the refits minimise."""
+
+    loss: Loss
+    density: Density | None
+    weighting: Weighting | None
 
 
-def refits(grams: Tensor, crosses: Tensor, ridge: float, number: int, generator: torch.Generator) -> Tensor:
-    """Heads refitted on ``number`` bootstrap resamples: ``(number, C, D)``."""
-    n, c, d = crosses.shape
-    upper = torch.triu_indices(d, d)
-    heads = []
-    for _ in tqdm(range(number), desc="bootstrap refits"):
-        counts = torch.bincount(torch.randint(n, (n,), generator=generator), minlength=n).double()
-        gram = torch.zeros(d, d, dtype=torch.float64)
-        gram[upper[0], upper[1]] = counts @ grams
-        gram = gram + gram.triu(1).T + ridge * torch.eye(d, dtype=torch.float64)
-        cross = (counts @ crosses.flatten(1)).view(c, d)
-        heads.append(torch.cholesky_solve(cross.T, torch.linalg.cholesky(gram)).T)
-    return torch.stack(heads)
+def settled(subject: Subject, training: Training, seed: int, iterations: int) -> float:
+    """Put the head at the minimum of the loss over fresh draws; returns the last step, as :func:`m_estimates` does."""
+    weight = subject.head.weight().cpu()
+    stream = subject.draws(seed, SETTLING, training.density, training.weighting, torch.ones(10, dtype=torch.float64))
+    counts = torch.ones(1, len(subject.images) * SETTLING, dtype=torch.float64)
+    geometry = subject.head.geometry
+    if isinstance(training.loss, Squares):
+        away, moved = least_squares(geometry, stream, counts, weight, RIDGE)
+    else:
+        away, moved = m_estimates(geometry, stream, counts, weight, RIDGE, training.loss, iterations)
+    put(subject.head, weight + away[0])
+    return moved
 
 
-def plot(rows: list[dict[str, Any]], points: dict[str, tuple[Tensor, Tensor]], refits_number: int) -> Figure:
-    """Scatter of predicted against refitted standard deviation, and the ratio by timestep."""
-    figure = Figure(figsize=(10, 4.2), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    colors = {"ggn": "#8a8a8a", "sandwich": "#c1440e"}
-    for name, (predicted, reference) in points.items():
-        pick = torch.randperm(predicted.numel(), generator=torch.Generator().manual_seed(0))[:4000]
-        left.plot(
-            reference.flatten()[pick].sqrt(), predicted.flatten()[pick].sqrt(), ".", ms=2, alpha=0.35, color=colors[name],
-            rasterized=True,
-        )  # fmt: skip
-    low, high = left.get_xlim()
-    low = max(low, 1e-5)
-    left.plot([low, high], [low, high], "k-", lw=0.8)
-    left.set(
-        xscale="log", yscale="log", xlabel=f"std over {refits_number} bootstrap refits of the head (ε units)",
-        ylabel="std by the posterior (ε units)", title="Predictive standard deviation, held-out pixels",
+def put(head: Any, weight: Tensor) -> None:
+    """Write C × D weights, bias last, into the head's layer."""
+    layer = head.layer
+    number = head.geometry.num_weights
+    with torch.no_grad():
+        layer.weight.copy_(weight[:, :number].view(layer.weight.shape))
+        if head.geometry.bias:
+            layer.bias.copy_(weight[:, number])
+
+
+def plot(
+    rows: list[dict[str, Any]], points: tuple[Tensor, Tensor], shares: list[dict[str, float]], refits: int
+) -> Figure:
+    """Scatter of predicted against refitted std, the ratio by timestep, and where the variance comes from."""
+    figure = Figure(figsize=(14, 4.2), layout="constrained")
+    left, middle, right = figure.subplots(1, 3)
+    predicted, reference = points
+    pick = torch.randperm(predicted.numel(), generator=torch.Generator().manual_seed(0))[:6000]
+    left.plot(
+        reference.flatten()[pick].sqrt(), predicted.flatten()[pick].sqrt(), ".", ms=2, alpha=0.35, color="#c1440e",
+        rasterized=True,
     )  # fmt: skip
-    for name, color in colors.items():
-        chosen = [r for r in rows if r["covariance"] == name and r["structure"] == "full"]
-        right.plot([r["t"] for r in chosen], [r["ratio"] for r in chosen], "o-", color=color, label=name)
-    right.axhspan(0.9, 1.1, color="#e8e2d5", zorder=0)
-    right.axhline(1, color="k", lw=0.8)
-    right.set(xlabel="timestep t", ylabel="mean variance: posterior / bootstrap", ylim=(0, 1.3))
-    right.set_title("Ratio to the bootstrap")
-    right.legend(frameon=False, title="covariance")
-    for axis in (left, right):
+    ends = [max(left.get_xlim()[0], float(reference.min().sqrt())), left.get_xlim()[1]]
+    left.plot(ends, ends, "k-", lw=0.8)
+    left.set(
+        xscale="log", yscale="log", xlabel=f"std over {refits} refits of the head", ylabel="std by the posterior",
+        title="Held-out predictions, six timesteps",
+    )  # fmt: skip
+    for name, color in ((SHOWN, "#c1440e"), ("M = m assumed", "#2b6777"), ("diag", "#c9a227"), ("ggn", "#8a8a8a")):
+        chosen = [r for r in rows if r["posterior"] == name]
+        middle.plot([r["t"] for r in chosen], [r["ratio"] for r in chosen], "o-", color=color, label=name)
+    middle.axhspan(0.9, 1.1, color="#e8e2d5", zorder=0)
+    middle.axhline(1, color="k", lw=0.8)
+    middle.set(
+        xlabel="timestep t", ylabel="mean variance: posterior / refits", yscale="log", title="Ratio to the refits"
+    )
+    middle.legend(frameon=False)
+    centers = [(s["t_low"] + s["t_high"]) / 2 for s in shares]
+    low = [s["share_between"] for s in shares]
+    width = 0.9 * (shares[0]["t_high"] - shares[0]["t_low"])
+    right.bar(centers, low, width, color="#2b6777", label="which images (A)")
+    right.bar(centers, [1 - v for v in low], width, bottom=low, color="#d9c7a0", label="their draws (B/M)")
+    right.set(xlabel="timestep t", ylabel="share of the variance", ylim=(0, 1), title="Where the variance comes from")
+    right.legend(frameon=False, loc="upper right")
+    for axis in (left, middle, right):
         axis.spines[["top", "right"]].set_visible(False)
     return figure
 
 
 def main(
-    refits_number: Annotated[int, typer.Option("--refits", help="Bootstrap refits of the head.")] = 300,
-    images: Annotated[int, typer.Option(help="Training images fitted to.")] = 2000,
+    model: Annotated[str, typer.Option(help="A model of the zoo.")] = "fashion-ddpm",
+    refits_number: Annotated[int, typer.Option("--refits", help="Refits of the head.")] = 300,
+    images: Annotated[int, typer.Option(help="Training images fitted to; 0: all that ship.")] = 1000,
     test_images: Annotated[int, typer.Option(help="Held-out images predicted on.")] = 100,
-    draws: Annotated[int, typer.Option(help="(t, noise) draws for each image.")] = 1,
-    loss_weights: Annotated[str, typer.Option(help='"uniform" or "noise".')] = "uniform",
+    training_draws: Annotated[int, typer.Option(help="M, of every image in a refit.")] = 9,
+    draws: Annotated[int, typer.Option(help="m, of every image in the fit; 0: the default.")] = 0,
+    loss: Annotated[str, typer.Option(help='"squares", "l1", "huber" or "pseudo-huber".')] = "squares",
+    loss_weights: Annotated[str, typer.Option(help='"uniform", "noise", "min-snr" or "p2".')] = "uniform",
+    density: Annotated[str, typer.Option(help='"uniform", "logit-normal" or "gaussian".')] = "uniform",
+    settle: Annotated[bool, typer.Option(help="Refit the head under this loss and density first.")] = False,
+    iterations: Annotated[int, typer.Option(help="Of a refit under another loss than squares.")] = 12,
     seed: Annotated[int, typer.Option()] = 0,
     out: Annotated[Path | None, typer.Option(help="Folder of the results.")] = None,
 ) -> None:
-    """Compare the posterior's predictive variance with bootstrap refits of the head."""
+    """Compare the posterior's predictive variance with refits of the head."""
     folder = results_folder("posterior_check", out)
     started = time.perf_counter()
-    pipe, data = bayesdiff.zoo.load("fashion-ddpm")
-    index = torch.randperm(data.num_images, generator=torch.Generator().manual_seed(seed))[:images].sort().values
+    pipe, data = bayesdiff.zoo.load(model)
+    heldout = data.heldout
+    if heldout is None:
+        raise RuntimeError("expected a model with held-out data")
+    number = images or data.num_images
+    index = torch.randperm(data.num_images, generator=torch.Generator().manual_seed(seed))[:number].sort().values
     data = data.subset(index)
-    base = torch.Generator().manual_seed(seed)
-    fitted = bayesdiff.fit(pipe, data, draws_per_image=draws, loss_weights=loss_weights, generator=base)
-    # The very draws that the posterior was fitted on.
-    draw_seed = bayesdiff.rng.base_seed(torch.Generator().manual_seed(seed))
-    grams, crosses = image_moments(pipe, data, fitted.weights, draw_seed, draws)
-    heads = refits(
-        grams, crosses, float(fitted.prior_precision), refits_number, torch.Generator().manual_seed(seed + 1)
-    )
-    head = bayesdiff.find_head(pipe)
-    if fitted.statistics is None or data.heldout is None:
-        raise RuntimeError("expected a fresh fit and held-out data")
-    posteriors = {
-        (structure, covariance): LaplacePosterior.from_statistics(
-            fitted.statistics,
-            head,
-            structure=structure,
-            covariance=covariance,
-            loss_weights=loss_weights,
-            prior_precision=fitted.prior_precision,
+    pipe = copy.deepcopy(pipe)
+    subject = Subject(pipe, data)
+    training = Training(as_loss(loss), as_density(density), as_weighting(loss_weights))
+    if settle:
+        moved = settled(subject, training, seed + 1000, 2 * iterations)
+        print(f"The head was put at the minimum of the loss; the last step was {moved:.1e} of the way.")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", BayesdiffWarning)
+        fitted = bayesdiff.fit(
+            pipe, data, draws_per_image=draws or None, training_draws=training_draws, loss=loss, loss_weights=loss_weights,
+            timestep_density=density, generator=torch.Generator().manual_seed(seed),
+        )  # fmt: skip
+    notes = [str(w.message) for w in caught if issubclass(w.category, BayesdiffWarning)]
+    print(*notes, sep="\n")
+    pool = 2 * training_draws
+    counts = resample(number, pool, training_draws, refits_number, torch.Generator().manual_seed(seed + 1))
+    geometry, weight = subject.head.geometry, subject.head.weight().cpu()
+    stream = subject.draws(seed + 2000, pool, training.density, training.weighting, fitted.weights)
+    if isinstance(training.loss, Squares):
+        heads, moved = least_squares(geometry, stream, counts, weight, float(fitted.prior_precision))
+    else:
+        heads, moved = m_estimates(
+            geometry, stream, counts, weight, float(fitted.prior_precision), training.loss, iterations
         )
-        for structure in ("full", "diag")
-        for covariance in ("ggn", "sandwich")
-    }
-    test = data.heldout.subset(slice(None, None, max(1, data.heldout.num_images // test_images)))
+    test = heldout.subset(slice(None, None, max(1, heldout.num_images // test_images)))
+    judged = Subject(pipe, test)
     noise = torch.randn(test.images.shape, generator=torch.Generator().manual_seed(seed + 2))
     rows: list[dict[str, Any]] = []
-    points: dict[str, list[tuple[Tensor, Tensor]]] = {"ggn": [], "sandwich": []}
+    points: list[tuple[Tensor, Tensor]] = []
+    candidates = posteriors(fitted)
     for t in TIMESTEPS:
-        phi, _ = features_and_targets(pipe, test.images, test.labels, torch.full((test.num_images,), t), noise)
-        reference = head.geometry.apply(phi, heads.float()).double().var(0)
-        for (structure, covariance), posterior in posteriors.items():
+        phi, _ = judged.observe(torch.arange(test.num_images), torch.full((test.num_images,), t), noise)
+        reference = geometry.apply(phi, heads.float()).double().var(0)
+        for name, posterior in candidates.items():
             predicted = posterior.variance(phi)
-            rows.append({"t": t, "structure": structure, "covariance": covariance} | agreement(predicted, reference))
-            if structure == "full":
-                points[covariance].append((predicted, reference))
-    columns = {
-        "t": "d",
-        "structure": "",
-        "covariance": "",
-        "ratio": ".3f",
-        "log_correlation": ".3f",
-        "correlation": ".3f",
-    }
+            rows.append({"t": t, "posterior": name} | agreement(predicted, reference))
+            if name == SHOWN:
+                points.append((predicted, reference))
+    columns = {"t": "d", "posterior": "", "ratio": ".3f", "log_correlation": ".3f", "correlation": ".3f"}
     print(table(rows, columns))
-    noise_of_reference = math.sqrt(2 / (refits_number - 1))
-    print(f"The reference has a relative standard error of {noise_of_reference:.1%} in each variance.")
-    stacked = {k: (torch.stack([p for p, _ in v]), torch.stack([r for _, r in v])) for k, v in points.items()}
-    write_figure(folder / "posterior_check.png", plot(rows, stacked, refits_number))
+    print(f"The reference has a relative standard error of {math.sqrt(2 / (refits_number - 1)):.1%} in each variance.")
+    shares = fitted.shares()
+    print(table(shares, {"t_low": ".0f", "t_high": ".0f", "share_between": ".3f", "share_within": ".3f"}))
+    stacked = (torch.stack([p for p, _ in points]), torch.stack([r for _, r in points]))
+    write_figure(folder / "posterior_check.png", plot(rows, stacked, shares, refits_number))
     settings = {
-        "refits": refits_number, "images": images, "test_images": test.num_images, "draws_per_image": draws,
-        "loss_weights": loss_weights, "seed": seed,
-        "timesteps": TIMESTEPS, "model": "fashion-ddpm", "prior_precision": fitted.prior_precision,
-        "noise_variance": fitted.noise_variance.tolist(), "seconds": round(time.perf_counter() - started, 1),
-        "command": command("posterior_check"),
+        "model": model, "refits": refits_number, "images": number, "test_images": test.num_images,
+        "training_draws": training_draws, "draws_of_fit": fitted.draws_per_image, "draws_of_judge": pool,
+        "loss": loss, "loss_weights": loss_weights, "density": density, "settled": settle,
+        "last_step": moved, "seed": seed, "timesteps": TIMESTEPS, "prior_precision": fitted.prior_precision,
+        "cut_share": fitted.cut_share, "warnings": notes, "noise_variance": fitted.noise_variance.tolist(),
+        "seconds": round(time.perf_counter() - started, 1), "command": command("posterior_check"),
     }  # fmt: skip
-    record(folder, settings, rows)
+    record(folder, settings, {"agreement": rows, "shares": shares})
     print(f"Written to {folder}")
 
 

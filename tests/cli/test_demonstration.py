@@ -11,6 +11,7 @@ from bayesdiff.cli.demonstration import compare
 from tests.cli import invoke
 
 
+@pytest.mark.filterwarnings("ignore::bayesdiff.checks.ProjectionWarning")  # of 100 images
 def test_demo(tmp_path):
     result = invoke("demo", "--out", tmp_path, "--steps", 8, "--num-tangents", 4, "--ensemble", 4, "--images", 100)
     assert result.exit_code == 0, result.output

@@ -11,7 +11,7 @@ from tests.cli import invoke, run_map
 
 
 def test_help_names_the_commands_and_their_options():
-    assert {"map", "demo"} <= set(invoke("--help").output.split())
+    assert {"fit", "map", "demo"} <= set(invoke("--help").output.split())
     text = invoke("map", "--help").output
     for option in (
         "--class",
@@ -34,7 +34,7 @@ def test_help_names_the_commands_and_their_options():
         (("--class", "bag", "--num-samples", 0), "expected --num-samples >= 1, got 0"),
         (("--class", "bag", "--seed", -1), "expected --seed >= 0, got -1"),
         (("--class", "bag", "--scheduler", "dimm"), "got 'dimm'; did you mean 'ddim'"),
-        (("--class", "bag", "--model", "fashion"), "'fashion-ddpm', or a folder"),
+        (("--class", "bag", "--model", "fashion"), "'earth-sd3', or a folder"),
         (("--class", "bag", "--propagation", "magic"), "'ensemble', 'bayesdiff', 'bayesdiff-centered', got 'magic'"),
         (("--class", "bag", "--propagation", "ensemble", "--num-tangents", 1), "expected --num-tangents >= 2, got 1"),
         (("--class", "bag", "--structure", "round"), "got 'round'"),

@@ -8,7 +8,9 @@ import pytest
 import torch
 
 import bayesdiff
+from bayesdiff.head.geometry import HeadGeometry
 from bayesdiff.io import environment
+from bayesdiff.laplace.loss import L1, Huber
 from experiments.common import agreement, record, results_folder, table
 from experiments.draws_check import __main__ as draws_check
 from experiments.fit_overhead import __main__ as fit_overhead
@@ -17,6 +19,7 @@ from experiments.linearity_check import __main__ as linearity_check
 from experiments.mc_vs_analytic import __main__ as mc_vs_analytic
 from experiments.mc_vs_analytic.heads import Shape, fitted
 from experiments.posterior_check import __main__ as posterior_check
+from experiments.posterior_check.refits import least_squares, m_estimates, resample
 from experiments.propagation import __main__ as propagation
 from experiments.propagation import references
 from experiments.refresh_check import __main__ as refresh_check
@@ -47,27 +50,75 @@ def test_table_and_record(tmp_path):
     assert result["environment"]["versions"] == environment("cpu")["versions"]
 
 
-def test_posterior_check(tmp_path):
-    posterior_check.main(refits_number=40, images=120, test_images=3, out=tmp_path)
+@pytest.mark.parametrize("loss", ["squares", "huber"])
+def test_posterior_check(tmp_path, loss):
+    posterior_check.main(
+        refits_number=24, images=24, test_images=3, training_draws=2, loss=loss, iterations=4, settle=loss != "squares",
+        density="logit-normal" if loss != "squares" else "uniform", out=tmp_path,
+    )  # fmt: skip
     result = json.loads((tmp_path / "results.json").read_text())
-    chosen = [r for r in result["results"] if r["structure"] == "full" and r["covariance"] == "sandwich"]
+    chosen = [r for r in result["results"]["agreement"] if r["posterior"] == posterior_check.SHOWN]
     assert [r["t"] for r in chosen] == list(posterior_check.TIMESTEPS)
-    assert all(r["log_correlation"] > 0.8 for r in chosen)  # few images, few refits
+    assert all(r["log_correlation"] > 0.4 for r in chosen)  # few images, few refits
+    assert all(s["share_within"] > 0 for s in result["results"]["shares"])
     assert (tmp_path / "posterior_check.png").stat().st_size > 10_000
 
 
-def test_bootstrap_refits_are_least_squares():
-    """One refit on a resample that is the whole sample equals torch's least squares with a ridge."""
+def few_draws(geometry):
+    """20 draws of 40 positions, and their weights, in two parts."""
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(60, 4, generator=generator, dtype=torch.float64)
-    y = torch.randn(60, 2, generator=generator, dtype=torch.float64)
-    upper = torch.triu_indices(4, 4)
-    grams = torch.stack([torch.outer(v, v)[upper[0], upper[1]] for v in x])
-    crosses = torch.stack([torch.outer(b, a) for a, b in zip(x, y, strict=True)])
-    heads = posterior_check.refits(grams, crosses, 0.3, 1, torch.Generator().manual_seed(5))
-    chosen = torch.randint(60, (60,), generator=torch.Generator().manual_seed(5))
-    gram = x[chosen].T @ x[chosen] + 0.3 * torch.eye(4).double()
-    torch.testing.assert_close(heads[0], torch.linalg.solve(gram, x[chosen].T @ y[chosen]).T)
+    x = torch.randn(20, 40, geometry.in_channels, generator=generator)
+    r = torch.randn(20, 40, geometry.out_channels, generator=generator) + x[..., :1]
+    w = torch.rand(20, generator=generator, dtype=torch.float64) + 0.1
+    return x, r, w, [(0, x[:7], r[:7], w[:7]), (7, x[7:], r[7:], w[7:])]
+
+
+def test_refits_are_least_squares():
+    """Against torch's solve on the rows repeated as often as they were drawn."""
+    geometry = HeadGeometry("linear", 3, 2, bias=True)
+    x, r, w, parts = few_draws(geometry)
+    counts = resample(5, 4, 3, 6, torch.Generator().manual_seed(1))
+    assert counts.shape == (6, 20)
+    assert bool((counts.sum(1) == 15).all())
+    # Three draws of every image that is there, as often as it is.
+    assert bool((counts.view(6, 5, 4).sum(2) % 3 == 0).all())
+    weight = torch.randn(2, 4, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    heads, _ = least_squares(geometry, parts, counts, weight, 0.3)
+    same, moved = m_estimates(geometry, parts, counts, weight, 0.3, Huber(1e6), 12)
+    assert moved < 1e-4
+    phi = geometry.design(x).double().flatten(0, 1)
+    target = (r.double() + geometry.design(x).double() @ weight.T).flatten(0, 1)
+    for k in range(6):
+        by_row = (counts[k] * w).repeat_interleave(40)[:, None]
+        gram = phi.T @ (by_row * phi) + 0.3 * torch.eye(4).double()
+        expected = torch.linalg.solve(gram, phi.T @ (by_row * target)).T
+        torch.testing.assert_close(weight + heads[k], expected, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(same[k], heads[k], rtol=2e-3, atol=2e-3)  # features are kept in half precision
+
+
+@pytest.mark.parametrize("loss", [Huber(0.3), L1()])
+def test_refits_under_other_losses_are_minima(loss):
+    """No step along any weight makes the loss smaller."""
+    geometry = HeadGeometry("linear", 3, 2, bias=True)
+    x, r, w, parts = few_draws(geometry)
+    x = x.half().float()
+    counts = resample(5, 4, 3, 3, torch.Generator().manual_seed(1))
+    heads, _ = m_estimates(geometry, parts, counts, torch.zeros(2, 4).double(), 0.3, loss, 40)
+
+    def total(k, head):
+        left = r.double() - geometry.design(x).double() @ head.T
+        rho = left.abs() if isinstance(loss, L1) else torch.nn.functional.huber_loss(
+            left, torch.zeros_like(left), delta=0.3, reduction="none"
+        )  # fmt: skip
+        return float((counts[k] * w) @ rho.sum((1, 2))) + 0.15 * float(head.square().sum())
+
+    for k in range(3):
+        best = total(k, heads[k])
+        for index in range(8):
+            for step in (-0.03, 0.03):
+                other = heads[k].clone()
+                other.view(-1)[index] += step
+                assert total(k, other) > best
 
 
 @pytest.mark.parametrize(

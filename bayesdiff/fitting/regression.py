@@ -1,0 +1,319 @@
+r"""Fitting: one pass of a pretrained network over clean data, one network call for each draw.
+
+For each image and each of its draws: :math:`x_t = \alpha_t x_0 + \sigma_t\varepsilon` goes through the network,
+a hook takes the head's features, and features and residual go into the sufficient statistics. A pipeline's network is
+called by the pipeline itself (:mod:`bayesdiff.fitting.by_pipe`).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Generator, Tensor, nn
+from tqdm.auto import tqdm
+
+from bayesdiff.checks import ArgumentError, EmptyDataError, check_choice, check_int
+from bayesdiff.data import framing_of, known_classes, open_images
+from bayesdiff.data.sources import Batch
+from bayesdiff.diffusion.density import Density, as_density
+from bayesdiff.diffusion.noising import draw, noised
+from bayesdiff.diffusion.weighting import P2, MinSNR, as_weighting
+from bayesdiff.fitting.by_call import ByCall, Call, check_images
+from bayesdiff.fitting.by_pipe import ByPipe
+from bayesdiff.fitting.samples import Clean
+from bayesdiff.fitting.seen import Observer, Seen
+from bayesdiff.head.find import check_eval, denoiser, find_head
+from bayesdiff.head.loaded import placement
+from bayesdiff.laplace.checkpoint import Checkpoint, Journal, identity, named, told
+from bayesdiff.laplace.cut import check_settings
+from bayesdiff.laplace.loss import Loss, as_loss
+from bayesdiff.laplace.posterior import LaplacePosterior
+from bayesdiff.laplace.statistics import Statistics
+from bayesdiff.laplace.training import choose_draws
+from bayesdiff.rng import base_seed, item_generator
+
+Source = ByPipe | ByCall
+
+#: Numbers that the noise and the noisy samples of a batch of images may have.
+HELD = 2**26
+
+
+def fit(
+    pipe_or_model: Any,
+    images: Any,
+    prompts: Any = None,
+    *,
+    structure: str = "full",
+    covariance: str = "sandwich",
+    draws_per_image: int | None = None,
+    dataset_size: int | None = None,
+    training_draws: float | None = None,
+    prior_precision: float | Tensor | str | None = None,
+    noise_variance: float | Tensor | str = "residual",
+    loss: str | Loss = "squares",
+    loss_weights: str | Tensor | MinSNR | P2 | Callable[[Tensor], Tensor] = "uniform",
+    timestep_density: str | Density = "uniform",
+    batch_size: int = 64,
+    noise_bins: int = 10,
+    scheduler: Any = None,
+    call: Call | None = None,
+    pipe_kwargs: Mapping[str, Any] | None = None,
+    space: str | None = None,
+    encode: str = "sample",
+    size: int | tuple[int, int] | None = None,
+    value_range: tuple[float, float] | str | None = None,
+    convert: bool = False,
+    head: str | None = None,
+    generator: Generator | None = None,
+    checkpoint: Checkpoint | str | os.PathLike[str] | None = None,
+    progress: bool = True,
+) -> LaplacePosterior:
+    r"""Fit the Laplace posterior of a network's output layer. The network is not changed.
+
+    A pipeline is run as it is, on drawn timesteps and noisy images: its encoders, its text and other inputs, its way to tell the
+    network t and to read its output are those of its own call. Guidance is off: no network is trained with it.
+
+    Args:
+        pipe_or_model: A diffusers pipeline, or a denoising network (then give ``scheduler``).
+        images: Clean images: a folder, with captions or labels in ``metadata.jsonl`` or ``metadata.csv``; a
+            ``datasets.Dataset``; a torch ``Dataset``; PIL images; arrays of bytes, or of numbers in [−1, 1]; or samples as the
+            pipeline's scheduler has them (scaled latents). A tensor is ``(n, C, H, W)``, ``(n, C, F, H, W)`` for videos; a
+            mapping has ``"images"`` and, beside it, whatever the pipeline's call or the network must be told for each image, by
+            its own name (``"prompts"``, ``"class_labels"``, ``"mask_image"``, ``"encoder_hidden_states"``, …), each with n
+            rows; an iterable gives batches of either (:func:`bayesdiff.data.open_images`).
+        prompts: One for each image, or one for all, instead of those that the data have.
+        structure: ``"full"``, ``"kron"``, ``"diag"`` or ``"lowrank"``; the posterior's :meth:`~LaplacePosterior.recut` gives
+            the others without another pass.
+        covariance: ``"sandwich"`` (robust, clustered by image), ``"ggn"`` or ``"ef"``.
+        draws_per_image: m, how many (t, ε) are drawn for each image. By default 4 where ``training_draws`` is given (no more
+            than it says, and at least two), else 1.
+        dataset_size: N, the number of images that the network was trained on; by default n, and the
+            posterior is that of a network trained on these n images.
+        training_draws: M, how many (t, ε) each of these images had in the training, steps · batch size / N on average. The
+            covariance is H⁻¹ (A/N + B/(N M)) H⁻¹, A between images and B between the draws of one
+            (:mod:`bayesdiff.laplace.training`). By default m, with a warning.
+        prior_precision: τ; by default the maximum of the evidence, ``"channel"`` for one τ for each output channel.
+        noise_variance: σ_t²: ``"residual"``, ``"evidence"``, a number, or one for each of the ``noise_bins``.
+        loss: For the sandwich, the loss that the network was trained with: ``"squares"``, ``"l1"``, ``"huber"`` (and
+            ``"smooth-l1"``), ``"pseudo-huber"``, all with δ = 1, or an object: ``bayesdiff.Huber(0.1)``.
+        loss_weights: For the sandwich, the weights over t of that loss:
+            ``"uniform"`` (DDPM's simple loss, and most others), ``"min-snr"`` (γ = 5), ``"p2"``, ``bayesdiff.MinSNR(…)``,
+            ``bayesdiff.P2(…)``, a function of t/T in [0, 1] to weights, ``"noise"`` (1/σ_t²), or a tensor with
+            one for each of the ``noise_bins``.
+        timestep_density: How often t was drawn in the training: ``"uniform"``, ``"logit-normal"`` (0, 1), ``"gaussian"`` around
+            the middle, ``bayesdiff.LogitNormal(…)``, ``bayesdiff.TruncatedNormal(…)``, or a function of (generator, n) that
+            returns n numbers t/T in [0, 1].
+        batch_size: Rows in one network call.
+        noise_bins: Equal bins of t in which the noise variance is estimated.
+        scheduler: The schedule the network was trained with; by default the pipeline's.
+        call: ``call(network, x, t, batch)`` runs a network that is called in a way of its own and returns its output; x, t
+            and what ``batch`` has from the data have a row for each draw.
+        pipe_kwargs: Keywords for all calls of the pipeline: the ``guidance_scale`` that a guidance-embedded network was trained
+            at, ``max_sequence_length``, …
+        space: Whether images are ``"pixels"``, to be encoded, or ``"samples"``; by default told by their channels.
+        encode: ``"sample"``: the encoder's posterior is sampled anew for each draw, as in training; or its ``"mean"``.
+        size: (height, width) that images are cropped and resized to; by default files and PIL images become what the model
+            was trained on, as its configuration has it, and arrays stay as they are.
+        value_range: Of arrays, (black, white), or ``"as-is"`` for numbers in the network's space; by default bytes are 0 to
+            255, and floating-point numbers −1 to 1.
+        convert: Turn grey, transparent, palette and CMYK images into what the network takes, instead of an error.
+        head: Exact path of the output layer, for networks the package does not know.
+        generator: For timesteps and noise. The draws do not depend on ``batch_size``.
+        checkpoint: A folder, or a :class:`~bayesdiff.laplace.checkpoint.Checkpoint`, for what is done so far: a fit that was
+            killed goes on from there, to the same bits. It stays there when the fit is done.
+        progress: Show a progress bar.
+
+    Returns:
+        A :class:`LaplacePosterior`, with the sums it came from as ``.statistics``.
+
+    Raises:
+        EmptyDataError: There are no images.
+        BadImagesError: Some images cannot be used; all are listed.
+        UnknownNameError: A label is the name of no class of the model.
+        CheckpointError: The checkpoint is damaged, or of another fit.
+        ShapeError: The images don't fit the network.
+        NonFiniteError: Images, features or residuals are NaN or infinite.
+        ArgumentError: An argument is out of range or missing (prompts for a network of text), or the network is in training mode.
+        UnsupportedPipelineError: The pipeline cannot be followed; the message has what was measured.
+        UnsupportedSchedulerError: The scheduler's timesteps are not those of a known schedule.
+        HeadNotFoundError, AmbiguousHeadError, UnsupportedHeadError: See :func:`find_head`.
+
+    Warns:
+        TrainingDrawsWarning: ``training_draws`` is not given.
+        ProjectionWarning: The covariance over M draws, estimated from fewer, was indefinite.
+    """
+    draws_per_image = choose_draws(draws_per_image, training_draws)
+    density, weighting, loss = as_density(timestep_density), as_weighting(loss_weights), as_loss(loss)
+    check_int("batch_size", batch_size, least=1)
+    check_int("noise_bins", noise_bins, least=1)
+    source = source_of(
+        pipe_or_model, head=head, scheduler=scheduler, call=call, pipe_kwargs=pipe_kwargs, space=space, encode=encode
+    )
+    settings: dict[str, Any] = {
+        "structure": structure, "covariance": covariance, "prior_precision": prior_precision,
+        "noise_variance": noise_variance, "loss_weights": loss_weights if weighting is None else "uniform",
+        "dataset_size": dataset_size, "training_draws": training_draws,
+    }  # fmt: skip
+    found = source.observer.known
+    if found is not None:
+        check_settings(found.out_channels, noise_bins, **settings)
+    num_timesteps = int(source.scheduler.config.num_train_timesteps)
+    seed = base_seed(generator)
+    if space == "samples" and value_range is None:
+        value_range = "as-is"
+    data = open_images(
+        images, prompts, framing_of(pipe_or_model, source.network, size, value_range, convert), names=known_classes(pipe_or_model)
+    )  # fmt: skip
+    of_sums = {
+        "seed": seed, "draws_per_image": draws_per_image, "noise_bins": noise_bins, "head": head, "space": space,
+        "encode": encode, "pipe_kwargs": told(pipe_kwargs or {}), "scheduler": told(source.scheduler.config),
+        "call": getattr(call, "__qualname__", None), "loss": repr(loss), "density": named(density),
+        "weighting": None if weighting is None else named(loss_weights),
+    }  # fmt: skip
+    journal = Journal(checkpoint, lambda: identity(pipe_or_model, data, **of_sums), placement(source.network)[0])
+    statistics: Statistics | None = journal.statistics
+    first = journal.images
+    if journal.head is not None:
+        source.observer.known = find_head(source.network, journal.head)
+
+    def consume(rows: Tensor, t: Tensor, target: Tensor, seen: Seen) -> None:
+        nonlocal statistics
+        if statistics is None:
+            head = source.observer.head
+            check_settings(head.out_channels, noise_bins, **settings)
+            statistics = Statistics(
+                head.geometry, noise_bins, seen.output.device, loss=loss, weighted=weighting is not None
+            )
+        bins = (t * noise_bins / num_timesteps).long().clamp(max=noise_bins - 1)
+        weights = None if weighting is None else weighting(source.scheduler, t)
+        residual = target.to(seen.output.device) - seen.output
+        for x, r, draws, of in seen.fold.observations(source.observer.head, seen.inputs, residual):
+            draws = draws.to(rows.device)
+            statistics.update(
+                x, r, bins[draws], first + rows[draws], of, None if weights is None else weights[draws]
+            )
+
+    with tqdm(total=data.length, initial=first, desc="fit", unit="image", disable=not progress) as bar:
+        for batch in data.batches(batch_size, first):
+            for x, conditioning in smaller(batch, draws_per_image):
+                check_images(x)
+                clean = source.clean(x, conditioning)
+                Steps(source, clean, conditioning, seed, first, draws_per_image, batch_size, density).run(consume)
+                first += len(x)
+                bar.update(len(x))
+            journal.keep(statistics, source.observer.known, first)
+    journal.keep(statistics, source.observer.known, first, now=True)
+    if statistics is None:
+        raise EmptyDataError("expected at least one image to fit to, got none")
+    return LaplacePosterior.from_statistics(statistics, source.observer.head, num_timesteps=num_timesteps, **settings)
+
+
+def source_of(
+    pipe_or_model: Any, *, head: str | None, scheduler: Any, call: Call | None, pipe_kwargs: Mapping[str, Any] | None,
+    space: str | None, encode: str,
+) -> Source:  # fmt: skip
+    """What runs a network: its pipeline, or a call of the network alone.
+
+    Raises:
+        ArgumentError: A setting is out of range, or the network is in training mode.
+    """
+    check_choice("encode", encode, ("sample", "mean"))
+    if space is not None:
+        check_choice("space", space, ("pixels", "samples"))
+    network = denoiser(pipe_or_model, head)
+    observer = Observer(pipe_or_model, network, head)
+    check_eval(network)
+    own = getattr(pipe_or_model, "scheduler", None)
+    if own is not None and call is None and not isinstance(pipe_or_model, nn.Module) and callable(pipe_or_model):
+        return ByPipe(pipe_or_model, network, observer, pipe_kwargs, space, encode, scheduler)
+    if pipe_kwargs:
+        raise ArgumentError("expected pipe_kwargs beside a pipeline that is called, got them beside a network")
+    scheduler = own if scheduler is None else scheduler
+    if scheduler is None:
+        raise ArgumentError("expected a pipeline, or scheduler=… beside a bare network, got neither")
+    return ByCall(network, observer, scheduler, call)
+
+
+def smaller(batch: Batch, draws: int) -> list[Batch]:
+    """A batch in parts whose draws are no more numbers than :data:`HELD`."""
+    images, conditioning = batch
+    size = max(1, HELD // max(1, images[:1].numel() * draws))
+    return [
+        (images[i : i + size], {k: v[i : i + size] for k, v in conditioning.items()})
+        for i in range(0, len(images), size)
+    ]
+
+
+class Steps:
+    """The training steps of a batch of images: which draws are made in which network call.
+
+    Args:
+        source: Runs the network.
+        clean: The samples of the batch.
+        conditioning: What is told of them.
+        seed: The base seed.
+        first: The number of the batch's first image.
+        draws: Of each image.
+        rows: The most that a network call may have.
+        density: Of t/T.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        clean: Clean,
+        conditioning: Mapping[str, Any],
+        seed: int,
+        first: int,
+        draws: int,
+        rows: int,
+        density: Density | None = None,
+    ) -> None:
+        self.source, self.clean, self.conditioning = source, clean, conditioning
+        self.first, count = first, len(clean)
+        shape = tuple(clean.mean.shape[1:])
+        t, self.noise = draw(source.scheduler, shape, seed, first, count, draws, density=density)
+        self.t = source.timesteps(t)
+        self.encoder_noise = None
+        if clean.std is not None:
+            own = (seed + 1) % 2**63
+            self.encoder_noise = torch.stack([
+                torch.randn(shape, generator=item_generator(own, first + i, j)) for i in range(count) for j in range(draws)
+            ])  # fmt: skip
+        # Few images with many draws: an image has several rows in a call.
+        self.together = max(k for k in range(1, draws + 1) if draws % k == 0 and (k == 1 or k * count <= rows))
+        self.order = (
+            torch.arange(count * draws).view(count, draws // self.together, self.together).transpose(0, 1).flatten(1)
+        )
+        self.images = torch.arange(count).repeat_interleave(draws)
+
+    def at(self, step: int) -> tuple[Tensor, Tensor]:
+        """x_t and the target of a step."""
+        which = self.order[step]
+        clean = self.clean.draw(self.images[which], None if self.encoder_noise is None else self.encoder_noise[which])
+        return noised(self.source.scheduler, clean, self.noise[which].to(clean.device), self.t[which])
+
+    def run(self, consume: Any) -> None:
+        """All of them; ``consume(images, t, target, seen)`` for each network call."""
+        targets: dict[int, Tensor] = {}
+
+        def sample(step: int) -> Tensor:
+            x, targets[step] = self.at(step)
+            return x
+
+        def consumed(step: int, rows: list[int], seen: Seen) -> None:
+            which = self.order[step][rows]
+            target = targets[step] if len(rows) == len(targets[step]) else targets[step][rows]
+            consume(self.images[which], self.t[which], target, seen)
+            if self.source_is_done(step, rows):
+                del targets[step]
+
+        rows = self.images[self.order[0]].tolist()
+        self.source.run(self.conditioning, rows, self.first, sample, [self.t[o] for o in self.order], consumed)
+
+    def source_is_done(self, step: int, rows: list[int]) -> bool:
+        """Whether these were the last rows of a step."""
+        return rows[-1] == self.order.shape[1] - 1

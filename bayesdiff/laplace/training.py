@@ -1,0 +1,233 @@
+r"""What the scores of m draws an image say about a training that drew each image M times.
+
+Image i has the mean score :math:`\bar g_i = \frac1{m_i}\sum_j g_{ij}` of its draws (t, ε). With A the covariance of an image's
+expected score and B that of a draw around it,
+
+    E ḡ_i ḡ_iᵀ = A + B/m_i,      B̂ = Σ_ij (g_ij − ḡ_i)(g_ij − ḡ_i)ᵀ / Σ_i (m_i − 1)
+
+(the analysis of variance of one-way random effects; Searle, Casella & McCulloch 1992). A network trained on N images with M
+draws each summed N·M scores, whose covariance is N M² (A + B/M), and with T = Σ_i ḡ_i ḡ_iᵀ/n
+
+    A + B/M  ≈  T − (1/m − 1/M) B̂,      Â = T − B̂/m,      1/m the mean of the 1/m_i
+
+without bias. For M ≤ m this is a sum of squares, and for M = m the plain sandwich. For M > m it is Â + B̂/M, and Â, a
+difference, is indefinite: then it is projected onto the positive semidefinite matrices, in the span of the scores and in the
+metric of the features, so that no units matter (Amemiya 1985); and scaled to the mean predictive variance that it had. What a
+projection cuts is one side of a noise around 0, and without the scale every variance is too large: on the shipped model, 400
+images, m = 4 and M = 8.5, by 40 %. (To project the sum and not Â is as good in size and has more noise.) Where that mean is
+below 0, A is 0.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bayesdiff.checks import ArgumentError, ProjectionWarning, TrainingDrawsWarning, check_int
+
+#: Draws of each image where M is given and nothing else is said; M if that is less.
+DRAWS = 4
+#: Relative size of what counts as rounding: of a negative eigenvalue, and of a direction that no feature has.
+ROUNDING = 1e-10
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    r"""The scores of all draws, by image.
+
+    Args:
+        means: :math:`\bar g_i`, ``(n, C, D)``.
+        deviations: :math:`g_{ij} - \bar g_i` of images with at least two draws, ``(Q, C, D)``.
+        counts: :math:`m_i`, ``(n,)`` float64.
+    """
+
+    means: Tensor
+    deviations: Tensor
+    counts: Tensor
+
+    @classmethod
+    def of(cls, scores: Tensor, rows: Tensor) -> Scores:
+        """From one score for each draw ``(draws, C, D)`` and the row of its image ``(draws,)``, 0 … n − 1."""
+        counts = rows.bincount().double()
+        means = scores.new_zeros(len(counts), *scores.shape[1:]).index_add_(0, rows, scores)
+        means /= counts[:, None, None]
+        several = counts[rows] > 1
+        return cls(means, scores[several] - means[rows[several]], counts)
+
+    @property
+    def degrees(self) -> float:
+        """Σ (m_i − 1), the degrees of freedom of B̂."""
+        return float((self.counts - 1).sum())
+
+    @property
+    def inverse_draws(self) -> float:
+        """1/m, the mean of 1/m_i."""
+        return float((1 / self.counts).mean())
+
+    @property
+    def total(self) -> Tensor:
+        """A factor F, FᵀF = T, ``(n, C, D)``."""
+        return self.means / math.sqrt(len(self.means))
+
+    @property
+    def within(self) -> Tensor:
+        """A factor F, FᵀF = B̂, ``(Q, C, D)``.
+
+        Raises:
+            ArgumentError: No image has two draws.
+        """
+        if not self.degrees:
+            raise ArgumentError(
+                "expected at least two draws of some images, to tell the variance between images from that "
+                "between draws, got one of "
+                "each: fit with draws_per_image=2 or more"
+            )
+        return self.deviations / math.sqrt(self.degrees)
+
+
+def score_factor(scores: Scores, training_draws: float, precision: Tensor) -> tuple[Tensor, float]:
+    r"""A factor G of the covariance of an image's mean score over M draws: :math:`G^\top G = A + B/M`.
+
+    Args:
+        scores: Of m draws.
+        training_draws: M.
+        precision: The metric of the features, ``(D, D)``, positive semidefinite.
+
+    Returns:
+        G ``(R, C, D)``, and the share that was cut: the sum of the negative eigenvalues, over that of the positive ones.
+
+    Raises:
+        ArgumentError: No image has two draws, and M is not 1.
+    """
+    lack = scores.inverse_draws - 1 / training_draws
+    if abs(lack) <= ROUNDING:
+        return scores.total, 0.0
+    if lack < 0:
+        return torch.cat([scores.total, math.sqrt(-lack) * scores.within]), 0.0
+    between, share = between_factor(scores, precision)
+    return torch.cat([between, scores.within / math.sqrt(training_draws)]), share
+
+
+def between_factor(scores: Scores, precision: Tensor) -> tuple[Tensor, float]:
+    r"""A factor of A, projected and scaled as above.
+
+    Args:
+        scores: Of m draws.
+        precision: The metric of the features, ``(D, D)``, positive semidefinite.
+
+    Returns:
+        G ``(R, C, D)`` with :math:`G^\top G = A`, and the share that was cut.
+
+    Raises:
+        ArgumentError: No image has two draws.
+    """
+    root, inverse = _roots(precision)
+    within = math.sqrt(scores.inverse_draws) * scores.within
+    rows = torch.cat([scores.total, within]) @ inverse
+    signs = torch.cat([rows.new_ones(len(scores.total)), -rows.new_ones(len(within))])
+    factor, positive, negative = positive_part(rows.flatten(1), signs)
+    mean = positive - negative  # the trace
+    share = negative / positive if positive else 1.0
+    if mean <= 0:
+        warnings.warn(
+            "the scores differ no more between images than by the noise of their draws: A is taken for 0; more images, or "
+            "more draws_per_image, would tell",
+            ProjectionWarning,
+            stacklevel=2,
+        )
+        return within[:0], share
+    if share > ROUNDING:
+        warnings.warn(
+            "A, the covariance of the scores between images, is indefinite as estimated from "
+            f"{1 / scores.inverse_draws:.3g} draws of each: negative eigenvalues with {100 * share:.2g} % of the sum of the "
+            "positive ones were cut, and the rest was scaled to keep the mean predictive variance; more images, or as many "
+            "draws_per_image as training_draws, make this less",
+            ProjectionWarning,
+            stacklevel=2,
+        )
+    return (factor * math.sqrt(mean / positive)).unflatten(1, rows.shape[1:]) @ root, share
+
+
+def positive_part(rows: Tensor, signs: Tensor) -> tuple[Tensor, float, float]:
+    r"""The positive part of :math:`X^\top\mathrm{diag}(s)X`, in the span of X's rows or of its columns, whichever are fewer.
+
+    Args:
+        rows: X, ``(R, K)`` float64.
+        signs: s, ``(R,)``.
+
+    Returns:
+        A factor F ``(R', K)`` with FᵀF the projection; the sum of the positive eigenvalues; minus the sum of the negative ones.
+    """
+    if len(rows) >= rows.shape[1]:
+        values, vectors = torch.linalg.eigh(rows.T @ (signs[:, None] * rows))
+        basis = vectors.T
+    else:  # X = U Λ^½ Q, Q with orthonormal rows: the matrix is Qᵀ (Λ^½ Uᵀ diag(s) U Λ^½) Q
+        size, u = torch.linalg.eigh(rows @ rows.T)
+        kept = size > ROUNDING**1.5 * size[-1]
+        size, u = size[kept].sqrt(), u[:, kept]
+        values, vectors = torch.linalg.eigh(size[:, None] * (u.T @ (signs[:, None] * u)) * size)
+        basis = (vectors.T / size) @ u.T @ rows
+    above = values > 0
+    positive, negative = float(values[above].sum()), -float(values[~above].sum())
+    return values[above].sqrt()[:, None] * basis[above], positive, negative
+
+
+def _roots(precision: Tensor) -> tuple[Tensor, Tensor]:
+    """P^½ and P^−½, symmetric; directions that no feature has are left out of both, as they are of the scores."""
+    values, vectors = torch.linalg.eigh(precision)
+    kept = values > ROUNDING**1.5 * values[-1]
+    values, vectors = values[kept].sqrt(), vectors[:, kept]
+    return (vectors * values) @ vectors.T, (vectors / values) @ vectors.T
+
+
+def choose_draws(draws_per_image: int | None, training_draws: float | None) -> int:
+    """m: as given; else four, or M (and at least two) if that is less; one where M is not given.
+
+    Raises:
+        ArgumentError: m or M is out of range, or m is too few to tell A and B apart.
+    """
+    if training_draws is not None:
+        check_training_draws(training_draws)
+    if draws_per_image is None:
+        m = 1 if training_draws is None else max(2, min(DRAWS, math.ceil(training_draws)))
+        m = 1 if training_draws == 1 else m
+    else:
+        m = check_int("draws_per_image", draws_per_image, least=1)
+    if training_draws is None:
+        warnings.warn(
+            f"how many draws (t, ε) each image had in the network's training is not given: it is taken to be {m}, "
+            "as many as here. "
+            "Uncertainty falls with them; training_draws = steps · batch size / number of images",
+            TrainingDrawsWarning,
+            stacklevel=3,
+        )
+    elif m == 1 and training_draws != 1:
+        raise ArgumentError(
+            f"expected draws_per_image >= 2 where training_draws is {training_draws}: one draw of an image does "
+            "not tell the variance "
+            "between images from that between draws"
+        )
+    return m
+
+
+def check_training_draws(value: float) -> float:
+    """M as a float of at least 1.
+
+    Raises:
+        ArgumentError: It is something else.
+    """
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not 1 <= number < math.inf or isinstance(value, bool):
+        raise ArgumentError(
+            f"expected training_draws >= 1, steps · batch size / number of images, got {value!r}; where the "
+            "training ended before every "
+            "image was seen, dataset_size is the number of images seen, and training_draws 1"
+        )
+    return number
