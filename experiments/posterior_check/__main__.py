@@ -136,7 +136,7 @@ def main(
     refits_number: Annotated[int, typer.Option("--refits", help="Refits of the head.")] = 300,
     images: Annotated[int, typer.Option(help="Training images fitted to; 0: all that ship.")] = 1000,
     test_images: Annotated[int, typer.Option(help="Held-out images predicted on.")] = 100,
-    training_draws: Annotated[int, typer.Option(help="M, of every image in a refit.")] = 9,
+    training_draws: Annotated[int, typer.Option(help="M, of every image in a refit; 0: the model's own, rounded.")] = 0,
     draws: Annotated[int, typer.Option(help="m, of every image in the fit; 0: the default.")] = 0,
     loss: Annotated[str, typer.Option(help='"squares", "l1", "huber" or "pseudo-huber".')] = "squares",
     loss_weights: Annotated[str, typer.Option(help='"uniform", "noise", "min-snr" or "p2".')] = "uniform",
@@ -153,6 +153,7 @@ def main(
     heldout = data.heldout
     if heldout is None:
         raise RuntimeError("expected a model with held-out data")
+    training_draws = training_draws or round(data.training_draws or 1)
     number = images or data.num_images
     index = torch.randperm(data.num_images, generator=torch.Generator().manual_seed(seed))[:number].sort().values
     data = data.subset(index)
