@@ -19,6 +19,7 @@ from bayesdiff.checks import (
     UnsupportedSchedulerError,
 )
 from bayesdiff.diffusion.noising import draw
+from bayesdiff.fitting.compare import occurrences, rows_alike, unlike_others
 from bayesdiff.fitting.told import Told
 from bayesdiff.head.find import denoiser
 from bayesdiff.rng import base_seed, item_generator
@@ -380,3 +381,29 @@ def test_what_follows_a_convolution_is_scaled_by_the_timestep():
     pipe.unet = UNet2DModel(**{**config, "time_embedding_type": "fourier"}).eval()
     with pytest.raises(bd.BayesdiffError, match="conv_out"):
         fitted(pipe, images(3, size=8))
+
+
+def test_rows_that_get_what_they_would_get_alone():
+    x, t = torch.randn(2, 4), torch.tensor([250.0, 750.0])
+    scaled = [x * s for s in t]  # another input that depends on t
+    mixed = torch.stack([scaled[0][0], scaled[1][1]])
+    first, second = [x, t[0], "a", scaled[0]], [x, t[1], "a", scaled[1]]
+    assert rows_alike([x, t, "a", mixed], first, second)
+    assert not rows_alike([x, t, "a", scaled[0]], first, second)  # one timestep for both
+    assert not rows_alike([x, t, "a", mixed.flip(0)], first, second)
+    assert not rows_alike([x, t.flip(0), "a", mixed], first, second)
+    assert not rows_alike([x, t.mean(), "a", mixed], first, second)
+    assert not rows_alike([x, t, "b", mixed], first, second)
+    assert not rows_alike([x, t, 250.0, mixed], [x, t[0], 250.0, scaled[0]], [x, t[1], 750.0, scaled[1]])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_how_often_a_sample_reaches_a_network(dtype):
+    x = unlike_others((2, 4, 8, 8))
+    other = torch.randn(2, 3000, generator=generator()).to(dtype) * 60  # has some of its numbers where they are rounded
+    given = x.to(dtype)
+    assert occurrences([given, other], x) == 1
+    assert occurrences([torch.cat([given, given]), other], x) == 2
+    assert occurrences([*given.permute(0, 2, 3, 1), other], x) == 1
+    assert occurrences([torch.cat([given[:, :, :4], given[:, :, :4] * 0]), other * 0], x) < 1
+    assert occurrences([other * 0], x) == 0

@@ -14,7 +14,6 @@ from bayesdiff.checks import (
     ArgumentError,
     ShapeError,
     UnsupportedHeadError,
-    UnsupportedPipelineError,
 )
 from bayesdiff.diffusion.noising import draw
 from bayesdiff.head.find import find_head
@@ -137,22 +136,45 @@ def test_a_fold_is_read_off_exactly(name):
 
 
 def test_what_is_more_than_a_fold_is_refused():
-    shifted = Net(lambda n, x: n.last(x) + 1, last=nn.Linear(5, 5))
-    with pytest.raises(UnsupportedPipelineError, match="'last' is more than a fold"):
-        fitted(shifted, samples(5), head="last")
+    bent = Net(lambda n, x: n.last(x).tanh(), last=nn.Linear(5, 5))
+    with pytest.raises(UnsupportedHeadError, match="what follows 'last' to scale all its numbers alike"):
+        fitted(bent, samples(5), head="last")
+    summed = Net(lambda n, x: n.last(x) + n.last(x).flip(-1), last=nn.Linear(5, 5))
+    with pytest.raises(UnsupportedHeadError, match="'last'"):
+        fitted(summed, samples(5), head="last")
     twice = Net(lambda n, x: n.last(n.last(x)), last=nn.Linear(5, 5))
     with pytest.raises(UnsupportedHeadError, match="one pass through 'last' in a network call, got 2"):
         fitted(twice, samples(5), head="last")
 
 
-def test_channels_and_pixels_that_are_thrown_away_are_refused():
-    for run, layer, shape in [
-        (lambda n, x: n.last(x)[:, :2], nn.Conv1d(2, 4, 1), (2, 6)),  # learned variances
-        (lambda n, x: n.last(x)[..., :3], nn.Linear(3, 6), (4, 3)),
-        (lambda n, x: n.last(x)[:, :, 1:-1], nn.Conv1d(2, 2, 3, padding=2), (2, 6)),  # the border
-    ]:
-        with pytest.raises(UnsupportedHeadError, match="return all that 'last' returns"):
-            fitted(Net(run, last=layer), samples(*shape))
+def test_pixels_that_are_thrown_away_are_refused():
+    border = Net(lambda n, x: n.last(x)[:, :, 1:-1], last=nn.Conv1d(2, 2, 3, padding=2))
+    with pytest.raises(UnsupportedHeadError, match="the same channels of 'last' for each place"):
+        fitted(border, samples(2, 6))
+    odd = Net(lambda n, x: torch.cat([n.last(x)[:, :2, :3], n.last(x)[:, 2:, 3:]], dim=2), last=nn.Conv1d(2, 4, 1))
+    with pytest.raises(UnsupportedHeadError):
+        fitted(odd, samples(2, 6))
+
+
+@pytest.mark.parametrize("kind", ["conv", "linear"])
+def test_channels_that_are_thrown_away_have_no_residual(kind):
+    """A learned variance. What is left is the fit of a network without it."""
+    if kind == "conv":
+        layer, shape, run = nn.Conv1d(2, 4, 1), (2, 6), lambda n, x: n.last(x)[:, :2]
+        small = nn.Conv1d(2, 2, 1)
+    else:
+        layer, shape, run = nn.Linear(3, 6), (4, 3), lambda n, x: n.last(x)[..., :3]
+        small = nn.Linear(3, 3)
+    kept = len(layer.weight) // 2
+    wide, narrow = Net(run, last=layer), Net(lambda n, x: n.last(x), last=small)
+    small.weight.data, small.bias.data = layer.weight.data[:kept], layer.bias.data[:kept]
+    whole, part = (fitted(network, samples(*shape)).statistics for network in (wide, narrow))
+    scores = whole.image_scores(torch.ones(BINS))
+    torch.testing.assert_close(scores[:, :kept], part.image_scores(torch.ones(BINS)))
+    assert not scores[:, kept:].any()
+    torch.testing.assert_close(whole.gram, part.gram)
+    assert (whole.trained_channels, part.trained_channels) == (kept, kept)
+    torch.testing.assert_close(whole.noise_variance(), part.noise_variance())
 
 
 def test_a_head_of_zeros_is_not_taken_for_the_network():
