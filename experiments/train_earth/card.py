@@ -91,7 +91,8 @@ the licence of the package, Apache-2.0.
 - The VAE (64 × 64 × 3 to 16 × 16 × 4, the same for both earth models): {vae_run["step"]:,} steps of
   {vae_run["settings"]["batch_size"]} images with flips, absolute error plus 4 times the squared error plus 1e-4 of the
   KL, no adversary, from an almost linear start on principal components of 4 × 4 blocks
-  (`experiments/train_earth/start.py`), {round(vae_run["seconds"]):,} seconds. On {record["heldout_images"]:,} held-out images: PSNR {vae["psnr_db"]:.1f} dB,
+  (`experiments/train_earth/start.py`), {round(vae_run["seconds"]):,} seconds.
+  On {record["heldout_images"]:,} held-out images: PSNR {vae["psnr_db"]:.1f} dB,
   mean absolute error {vae["mean_absolute_error"]:.4f} of the range.
 
 ## Held-out loss

@@ -5,7 +5,6 @@ What is reported is measured on the pipeline as it is loaded again from its fold
 
 from __future__ import annotations
 
-import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from safetensors.torch import load_file
 
 from bayesdiff.io import atomic_path, environment, write_figure, write_json, write_text
 from bayesdiff.rng import item_generator
+from bayesdiff.zoo import load_text_pipeline
 from experiments.train_earth.card import DATA_LICENSE, card
 from experiments.train_earth.data import HELDOUT_BANDS, SIZE, read_data
 from experiments.train_earth.denoisers import MODELS, EarthSD, latent_scaling, prompts_of, tokenize
@@ -88,16 +88,6 @@ def build_pipeline(name: str, work: Path, folder: Path) -> dict[str, Any]:
     for file in folder.rglob("*.safetensors"):
         file.chmod((folder / "model_index.json").stat().st_mode)
     return state
-
-
-def load_saved(folder: Path) -> Any:
-    """The pipeline in float32, quiet."""
-    kind = json.loads((folder / "model_index.json").read_text())["_class_name"]
-    pipe = {c.__name__: c for c in (StableDiffusionPipeline, StableDiffusion3Pipeline)}[kind].from_pretrained(
-        folder, torch_dtype=torch.float32, local_files_only=True
-    )
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 @torch.no_grad()
@@ -194,7 +184,7 @@ def export(name: str, work: Path, zoo: Path, results: Path, *, images: int = 102
             "data": "earth_data",
         }
         write_json(new / "training.json", training)
-        pipe = load_saved(new)
+        pipe = load_text_pipeline(new)
         draw_samples(pipe, results / "samples.png")
         modules = {key: module for key, module in pipe.components.items() if isinstance(module, torch.nn.Module)}
         record = {

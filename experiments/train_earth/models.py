@@ -109,6 +109,7 @@ def build_ddim() -> DDIMScheduler:
         beta_schedule="scaled_linear",
         prediction_type="v_prediction",
         timestep_spacing="trailing",
+        steps_offset=1,
         clip_sample=False,
     )
 
