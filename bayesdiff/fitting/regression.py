@@ -26,6 +26,7 @@ from bayesdiff.fitting.by_pipe import ByPipe
 from bayesdiff.fitting.samples import Clean
 from bayesdiff.fitting.seen import Observer, Seen
 from bayesdiff.head.find import check_eval, denoiser, find_head
+from bayesdiff.head.identity import NetworkIdentity
 from bayesdiff.head.loaded import placement
 from bayesdiff.laplace.checkpoint import Checkpoint, Journal, identity, named, told
 from bayesdiff.laplace.cut import check_settings
@@ -134,6 +135,7 @@ def fit(
         BadImagesError: Some images cannot be used; all are listed.
         UnknownNameError: A label is the name of no class of the model.
         CheckpointError: The checkpoint is damaged, or of another fit.
+        HeadMismatchError: The network's weights changed while it was fitted to.
         ShapeError: The images don't fit the network.
         NonFiniteError: Images, features or residuals are NaN or infinite.
         ArgumentError: An argument is out of range or missing (prompts for a network of text), or the network is in training mode.
@@ -179,6 +181,8 @@ def fit(
     if journal.head is not None:
         source.observer.known = find_head(source.network, journal.head)
 
+    network = NetworkIdentity.of(source.network)
+
     def consume(rows: Tensor, t: Tensor, target: Tensor, seen: Seen) -> None:
         nonlocal statistics
         if statistics is None:
@@ -208,7 +212,10 @@ def fit(
     journal.keep(statistics, source.observer.known, first, now=True)
     if statistics is None:
         raise EmptyDataError("expected at least one image to fit to, got none")
-    return LaplacePosterior.from_statistics(statistics, source.observer.head, num_timesteps=num_timesteps, **settings)
+    network.check(source.network, "as it was when the fit began")
+    return LaplacePosterior.from_statistics(
+        statistics, source.observer.head, num_timesteps=num_timesteps, network=network, **settings
+    )
 
 
 def source_of(

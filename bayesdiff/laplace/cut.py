@@ -104,7 +104,7 @@ def cut(
         origins = _origins(statistics, by_image, full, tau.to(full), training_draws or draws) * size
     return {
         "precision": precision.cpu().contiguous(), "spectrum": spectrum.cpu().contiguous(), "scores": scores.cpu().contiguous(),
-        "prior_precision": float(tau[0]) if bool((tau == tau[0]).all()) else tau, "weights": weights.cpu(),
+        "prior_precision": tau, "weights": weights.cpu(),
         "noise_variance": noise.cpu(), "log_likelihood": log_likelihood, "num_images": n, "dataset_size": size,
         "draws_per_image": draws, "training_draws": training_draws, "origins": origins.cpu(), "cut_share": cut_share,
     }  # fmt: skip

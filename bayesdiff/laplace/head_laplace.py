@@ -25,10 +25,11 @@ from tqdm.auto import tqdm
 
 from bayesdiff.checks import ArgumentError, EmptyDataError, ShapeError, check_choice, check_finite, check_int
 from bayesdiff.head.geometry import HeadGeometry
+from bayesdiff.laplace.covariance import Covariance
 from bayesdiff.laplace.evidence import evidence_prior_precision
 from bayesdiff.laplace.links import Identity
 from bayesdiff.laplace.predictive import closed_variance, monte_carlo
-from bayesdiff.laplace.structure import Covariance, build
+from bayesdiff.laplace.structure import build
 
 STRUCTURES = ("full", "diag")
 #: What of laplace-torch's settings has a meaning here.
