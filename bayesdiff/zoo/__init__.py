@@ -30,6 +30,7 @@ __all__ = [
     "build_scheduler",
     "load",
     "load_pipeline",
+    "load_text_pipeline",
     "names",
     "scheduler_names",
 ]
@@ -146,14 +147,27 @@ def load(name: str, *, scheduler: str | None = None, dtype: torch.dtype = torch.
         pipe = load_pipeline(folder, scheduler=scheduler or training["sampler"], dtype=dtype)
         data = read_class_images(shard / "data.npz", pipe.class_names, dataset_size=size, training_draws=draws)
         return pipe, data
-    return _load_text_pipeline(folder, scheduler, dtype), read_prompt_images(shard, size, draws)
+    return load_text_pipeline(folder, scheduler=scheduler, dtype=dtype), read_prompt_images(shard, size, draws)
 
 
-def _load_text_pipeline(folder: Path, scheduler: str | None, dtype: torch.dtype) -> Any:
-    pipe = diffusers.DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype, local_files_only=True)
+def load_text_pipeline(
+    folder: str | os.PathLike[str], *, scheduler: str | None = None, dtype: torch.dtype = torch.float32
+) -> Any:
+    """``DiffusionPipeline.from_pretrained`` of any pipeline in one dtype, without progress bars.
+
+    Args:
+        folder: Where ``save_pretrained`` wrote the pipeline.
+        scheduler: What samples it; one of :func:`scheduler_names`. By default the one that was saved.
+        dtype: Of all networks.
+
+    Raises:
+        UnknownNameError: There is no such scheduler.
+        UnsupportedSchedulerError: The pipeline is a flow, and ``scheduler`` is none of flow matching.
+    """
+    pipe = diffusers.DiffusionPipeline.from_pretrained(folder, local_files_only=True)
     for module in pipe.components.values():
         if isinstance(module, torch.nn.Module):
-            module.eval()
+            torch.nn.Module.to(module, dtype).eval()  # exactly, from float16
     if scheduler is not None:
         if "prediction_type" not in pipe.scheduler.config:
             raise UnsupportedSchedulerError(

@@ -59,7 +59,7 @@ def export(
     results: Annotated[Path, typer.Option(help="results.json and samples.png go to a folder in it.")] = Path(
         "experiments/train_earth"
     ),
-    images: Annotated[int, typer.Option(help="Held-out images to look at.")] = 1024,
+    images: Annotated[int, typer.Option(help="Held-out images to look at.")] = 512,
 ) -> None:
     """Export the checkpoint as it is, finished or not, and the shard of data where it is missing."""
     check_choice("name", name, tuple(MODELS))

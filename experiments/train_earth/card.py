@@ -25,15 +25,16 @@ OBJECTIVES = {
     ),
     "sd3": (
         "`StableDiffusion3Pipeline`: MMDiT with QK norm, two CLIP text encoders with projection trained along with it, "
-        "no T5",
+        "a third one that puts zeros",
         "rectified flow, σ = sigmoid(n) with n standard normal, target ε − z; Euler steps without a shift by default",
     ),
 }
 
 SD3_NOTE = """
-`StableDiffusion3Pipeline` puts zero tokens in the place of the missing T5 encoder: 256 of them, or
-`max_sequence_length`. In training their number was drawn anew at each step, log-uniform from 1 to 256, so the model
-serves all of them. `max_sequence_length=1` takes about a quarter of the time of the default.
+There is no T5: the third text encoder puts zeros, as `StableDiffusion3Pipeline` does where it has none, and is there so
+that `from_pretrained` needs no further words. The pipeline appends 256 such tokens, or `max_sequence_length`. In
+training their number was drawn anew at each step, log-uniform from 1 to 256, so the model serves all of them.
+`max_sequence_length=24` takes about a third of the time of the default.
 """
 
 
@@ -91,7 +92,8 @@ the licence of the package, Apache-2.0.
 - The VAE (64 × 64 × 3 to 16 × 16 × 4, the same for both earth models): {vae_run["step"]:,} steps of
   {vae_run["settings"]["batch_size"]} images with flips, absolute error plus 4 times the squared error plus 1e-4 of the
   KL, no adversary, from an almost linear start on principal components of 4 × 4 blocks
-  (`experiments/train_earth/start.py`), {round(vae_run["seconds"]):,} seconds. On {record["heldout_images"]:,} held-out images: PSNR {vae["psnr_db"]:.1f} dB,
+  (`experiments/train_earth/start.py`), {round(vae_run["seconds"]):,} seconds.
+  On {record["heldout_images"]:,} held-out images: PSNR {vae["psnr_db"]:.1f} dB,
   mean absolute error {vae["mean_absolute_error"]:.4f} of the range.
 
 ## Held-out loss

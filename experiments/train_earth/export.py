@@ -5,7 +5,6 @@ What is reported is measured on the pipeline as it is loaded again from its fold
 
 from __future__ import annotations
 
-import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -19,10 +18,11 @@ from safetensors.torch import load_file
 
 from bayesdiff.io import atomic_path, environment, write_figure, write_json, write_text
 from bayesdiff.rng import item_generator
+from bayesdiff.zoo import load_text_pipeline
 from experiments.train_earth.card import DATA_LICENSE, card
 from experiments.train_earth.data import HELDOUT_BANDS, SIZE, read_data
 from experiments.train_earth.denoisers import MODELS, EarthSD, latent_scaling, prompts_of, tokenize
-from experiments.train_earth.models import build_ddim, build_flow, count, save_tokenizer
+from experiments.train_earth.models import TEXT_LENGTH, build_ddim, build_flow, build_no_t5, count, save_tokenizer
 from experiments.train_earth.train import averaged
 from experiments.train_earth.vae import to_model_space, trained_vae
 from experiments.train_fashion_ddpm.export import swap
@@ -61,7 +61,7 @@ def build_pipeline(name: str, work: Path, folder: Path) -> dict[str, Any]:
     """Save the pipeline of "sd" or "sd3" to ``folder`` in float16; returns the record of its training."""
     model = MODELS[name](prompts_of(read_data(work / "data.npz"), "train"))
     weights, state = averaged(work / name)
-    model.load_state_dict(weights)
+    model.load_state_dict(model.state_dict() | weights)  # the moving average has no buffers
     model.half().eval()
     vae = trained_vae(work).half()
     shift, scale = latent_scaling(name, load_file(work / "latents.safetensors")["train"])
@@ -78,26 +78,20 @@ def build_pipeline(name: str, work: Path, folder: Path) -> dict[str, Any]:
             requires_safety_checker=False,
         )
     else:
+        tokenizer_3, text_encoder_3 = build_no_t5()
         pipe = StableDiffusion3Pipeline(
             model.transformer, build_flow(), vae, model.text_encoder, model.tokenizer,
-            model.text_encoder_2, model.tokenizer, None, None,
+            model.text_encoder_2, model.tokenizer, text_encoder_3.half().eval(), tokenizer_3,
         )  # fmt: skip
     pipe.save_pretrained(folder)
-    for tokenizer in folder.glob("tokenizer*"):
-        save_tokenizer(model.tokenizer, tokenizer)
+    for part in ("tokenizer", "tokenizer_2"):
+        if (folder / part).exists():
+            save_tokenizer(model.tokenizer, folder / part)
+    index = (folder / "model_index.json").read_text()  # transformers 4 reads tokenizer.json under this name only
+    write_text(folder / "model_index.json", index.replace('"T5Tokenizer"', '"T5TokenizerFast"'))
     for file in folder.rglob("*.safetensors"):
         file.chmod((folder / "model_index.json").stat().st_mode)
     return state
-
-
-def load_saved(folder: Path) -> Any:
-    """The pipeline in float32, quiet."""
-    kind = json.loads((folder / "model_index.json").read_text())["_class_name"]
-    pipe = {c.__name__: c for c in (StableDiffusionPipeline, StableDiffusion3Pipeline)}[kind].from_pretrained(
-        folder, torch_dtype=torch.float32, local_files_only=True
-    )
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 @torch.no_grad()
@@ -145,7 +139,7 @@ def vae_errors(pipe: Any, data: dict[str, np.ndarray], images: int) -> dict[str,
 
 def draw_samples(pipe: Any, path: Path, *, scales: tuple[float, ...] = (1.0, 5.0), columns: int = 5) -> None:
     """A picture of samples of ``SHOWN``: 30 steps, seeds 0, 1, … of each prompt; none was picked."""
-    extra = {"max_sequence_length": 1} if isinstance(pipe, StableDiffusion3Pipeline) else {}
+    extra = {"max_sequence_length": TEXT_LENGTH} if isinstance(pipe, StableDiffusion3Pipeline) else {}
     blocks = []
     for scale in scales:
         generators = [torch.Generator().manual_seed(seed) for _ in SHOWN for seed in range(columns)]
@@ -168,7 +162,7 @@ def draw_samples(pipe: Any, path: Path, *, scales: tuple[float, ...] = (1.0, 5.0
     write_figure(path, figure, dpi=120)
 
 
-def export(name: str, work: Path, zoo: Path, results: Path, *, images: int = 1024, seed: int = 0) -> dict[str, Any]:
+def export(name: str, work: Path, zoo: Path, results: Path, *, images: int = 512, seed: int = 0) -> dict[str, Any]:
     """Write the folder of "sd" or "sd3" in ``zoo``, and its results.json and samples.png into ``results``.
 
     Args:
@@ -194,7 +188,7 @@ def export(name: str, work: Path, zoo: Path, results: Path, *, images: int = 102
             "data": "earth_data",
         }
         write_json(new / "training.json", training)
-        pipe = load_saved(new)
+        pipe = load_text_pipeline(new)
         draw_samples(pipe, results / "samples.png")
         modules = {key: module for key, module in pipe.components.items() if isinstance(module, torch.nn.Module)}
         record = {

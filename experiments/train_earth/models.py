@@ -15,7 +15,15 @@ from diffusers import (
 )
 from tokenizers import pre_tokenizers, trainers
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5TokenizerFast,
+)
 
 from experiments.train_earth.data import SIZE
 
@@ -84,6 +92,21 @@ def build_text_encoder(tokenizer: CLIPTokenizer, *, projection: bool) -> CLIPTex
     return CLIPTextModelWithProjection(config) if projection else CLIPTextModel(config)
 
 
+def build_no_t5() -> tuple[T5TokenizerFast, T5EncoderModel]:
+    """A third text encoder of SD3 that puts zeros, as the pipeline itself does where it has none.
+
+    A pipeline without it is saved, but not loaded again unless ``text_encoder_3=None`` is said each time.
+    """
+    vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -1.0)]
+    tokenizer = T5TokenizerFast(vocab=vocabulary, extra_ids=0)
+    config = T5Config(
+        vocab_size=len(tokenizer), d_model=2 * TEXT_WIDTH, d_kv=8, d_ff=16, num_layers=1, num_heads=1, dropout_rate=0.0
+    )
+    encoder = T5EncoderModel(config)
+    nn.init.zeros_(encoder.encoder.final_layer_norm.weight)
+    return tokenizer, encoder
+
+
 def build_unet() -> UNet2DConditionModel:
     """Cross-attention at 8 × 8 and 4 × 4."""
     return UNet2DConditionModel(
@@ -109,13 +132,14 @@ def build_ddim() -> DDIMScheduler:
         beta_schedule="scaled_linear",
         prediction_type="v_prediction",
         timestep_spacing="trailing",
+        steps_offset=1,
         clip_sample=False,
     )
 
 
 def build_transformer() -> SD3Transformer2DModel:
-    """An MMDiT of six blocks; 64 image tokens."""
-    return SD3Transformer2DModel(
+    """An MMDiT of six blocks; 64 image tokens. Modulations and output start at zero (Peebles & Xie 2023)."""
+    transformer = SD3Transformer2DModel(
         sample_size=LATENT_SIZE,
         patch_size=2,
         in_channels=LATENT_CHANNELS,
@@ -129,6 +153,13 @@ def build_transformer() -> SD3Transformer2DModel:
         pos_embed_max_size=LATENT_SIZE // 2,
         qk_norm="rms_norm",
     )
+    zero = [transformer.norm_out.linear, transformer.proj_out]
+    for block in transformer.transformer_blocks:
+        zero += [block.norm1.linear, block.norm1_context.linear]
+    for linear in zero:
+        nn.init.zeros_(linear.weight)
+        nn.init.zeros_(linear.bias)
+    return transformer
 
 
 def build_flow() -> FlowMatchEulerDiscreteScheduler:
