@@ -133,7 +133,9 @@ def read_folder(folder: str | os.PathLike[str], name: str, version: int) -> tupl
 def _read(path: Path, name: str, version: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
     json_file = path / f"{name}.json"
     if json_file.stat().st_size > LARGEST_JSON:
-        raise PosteriorFileError(f"expected {json_file.name} in {str(path)!r} with at most {LARGEST_JSON} bytes, got more")
+        raise PosteriorFileError(
+            f"expected {json_file.name} in {str(path)!r} with at most {LARGEST_JSON} bytes, got more"
+        )
     meta = json.loads(json_file.read_text(encoding="utf-8"))
     if not isinstance(meta, dict) or meta["format"] != version:
         raise PosteriorFileError(

@@ -196,9 +196,7 @@ def fit(
         residual = target.to(seen.output.device) - seen.output
         for x, r, draws, of in seen.fold.observations(source.observer.head, seen.inputs, residual):
             draws = draws.to(rows.device)
-            statistics.update(
-                x, r, bins[draws], first + rows[draws], of, None if weights is None else weights[draws]
-            )
+            statistics.update(x, r, bins[draws], first + rows[draws], of, None if weights is None else weights[draws])
 
     with tqdm(total=data.length, initial=first, desc="fit", unit="image", disable=not progress) as bar:
         for batch in data.batches(batch_size, first):

@@ -31,6 +31,11 @@ from bayesdiff.rng import normal, orthogonal_normal
 #: Makes standard normal numbers of a shape; the first dimension is that of the draws.
 Noise = Callable[[tuple[int, ...]], Tensor]
 
+#: Terms that are this many times larger than their sum lose more than a thousandth of it in float32.
+AMPLIFIED = 1e4
+#: Draws by which that is measured.
+MEASURED = 16
+
 #: The parts of each form and their shapes: C channels, D features, 1 or C ("c"), or any number of rows ("R", "S").
 FORMS: dict[str, dict[str, str]] = {
     "diagonal": {"variances": "cD"},
@@ -156,3 +161,19 @@ class Covariance:
     def __repr__(self) -> str:
         """One line."""
         return f"Covariance({self.form!r}, {self.shape[0]} × {self.shape[1]})"
+
+
+def amplification(sigma: Covariance, precision: Tensor) -> float:
+    r"""How many times larger the terms of δWφ are than their sum: :math:`\sum_d s_d f_d / \sqrt{\mathrm{E}(\delta W\varphi)^2}`.
+
+    Args:
+        sigma: Σ; :math:`s_d` the standard deviations of the weights.
+        precision: A, the Gram matrix of the features; :math:`f_d^2` its diagonal. 1 for a diagonal alone.
+    """
+    if precision.ndim < 2 or sigma.form == "diagonal":
+        return 1.0
+    metric = precision if precision.ndim == 2 else precision.mean(0)
+    draws = sigma.draw(MEASURED, torch.Generator().manual_seed(0))
+    sums = ((draws @ metric) * draws).sum((0, 2)) / MEASURED
+    terms = sigma.variances().sqrt() @ metric.diagonal().clamp(min=0).sqrt()
+    return max(1.0, float(terms.square().sum() / sums.sum()) ** 0.5) if float(sums.sum()) > 0 else 1.0

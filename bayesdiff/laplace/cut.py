@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bayesdiff.checks import ArgumentError, check_choice, check_int
+from bayesdiff.checks import ArgumentError, check_choice, check_finite, check_int
 from bayesdiff.diffusion.weighting import WEIGHTINGS
 from bayesdiff.laplace.evidence import evidence_noise, evidence_prior_precision
 from bayesdiff.laplace.loss import Squares
@@ -55,10 +55,13 @@ def cut(
             "weights of each draw"
         )
     n = statistics.num_images
+    for name, sums in statistics.sums().items():
+        check_finite(name, sums, "features or residuals are too large even for float64: scale the data")
     noise = statistics.noise_variance()
     if not bool((noise > 0).all()):
         raise ArgumentError("expected residuals that do not vanish, got a noise variance of 0 in some timestep bin")
-    size = n if dataset_size is None else dataset_size
+    size = n if dataset_size is None else check_int("dataset_size", dataset_size, least=1)
+    training_draws = None if training_draws is None else check_training_draws(training_draws)
     if size < n:
         raise ArgumentError(f"expected dataset_size >= the {n} images fitted to, got {size}")
     draws = statistics.num_draws / n
@@ -184,7 +187,10 @@ def check_settings(
     if isinstance(loss_weights, str):
         check_choice("loss_weights", loss_weights, ("uniform", "noise"))
     else:
-        weights = torch.as_tensor(loss_weights)
+        try:
+            weights = torch.as_tensor(loss_weights, dtype=torch.float64)
+        except (TypeError, ValueError, RuntimeError):
+            weights = torch.full((bins,), float("nan"))
         if weights.shape != (bins,) or not bool(((weights >= 0) & torch.isfinite(weights)).all()):
             raise ArgumentError(
                 f"expected loss_weights 'uniform', 'noise', or {bins} finite numbers >= 0, one for each timestep "
@@ -196,7 +202,10 @@ def check_settings(
 
 
 def _check_numbers(name: str, value: float | Tensor, count: int, each: str) -> None:
-    numbers = torch.as_tensor(value)
+    try:
+        numbers = torch.as_tensor(value, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError):
+        numbers = torch.full((), float("nan"))
     if numbers.shape not in ((), (count,)) or not bool(((numbers > 0) & torch.isfinite(numbers)).all()):
         raise ArgumentError(
             f"expected {name} a finite number > 0, or {count} of them, one for each {each}; got {value}"

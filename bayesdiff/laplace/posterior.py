@@ -39,7 +39,7 @@ from bayesdiff.head.find import Head, denoiser, find_head
 from bayesdiff.head.geometry import HeadGeometry
 from bayesdiff.head.identity import NetworkIdentity
 from bayesdiff.io import read_folder, write_folder
-from bayesdiff.laplace.covariance import Covariance
+from bayesdiff.laplace.covariance import AMPLIFIED, Covariance, amplification
 from bayesdiff.laplace.cut import cut
 from bayesdiff.laplace.evidence import evidence_prior_precision, log_evidence
 from bayesdiff.laplace.links import LINK_APPROXIMATIONS, Link, push_deviations
@@ -57,7 +57,7 @@ FORMS_OF = {
 #: Plain values that are saved as they are.
 _SAVED = (
     "structure", "covariance", "rank", "tolerance", "temperature", "log_likelihood", "num_timesteps", "num_images", "dataset_size",
-    "draws_per_image", "training_draws", "cut_share",
+    "draws_per_image", "training_draws", "cut_share", "amplification",
 )  # fmt: skip
 
 
@@ -109,6 +109,8 @@ class LaplacePosterior:
         tolerance: For ``"lowrank"``, the share of the mean predictive variance that may be left to the diagonal.
         temperature: Σ is multiplied by it (the posterior to the power 1/T; Wenzel et al. 2020).
         network: What tells the network that it was fitted to from others; None: not known.
+        amplification: How many times larger the terms of δWφ are than their sum, where features are collinear or far from 0:
+            above :data:`~bayesdiff.laplace.covariance.AMPLIFIED` predictions are computed in float64, because float32 would keep too few digits.
         precision: A = Σ w φφᵀ, without the prior: ``(D, D)``; its diagonal ``(D,)`` for ``"diag"``. One for each channel,
             ``(C, D, D)`` or ``(C, D)``, where the loss has another curvature in each. Not saved with it.
         statistics: The sums that it was cut from, for :meth:`recut`; not saved with it.
@@ -136,6 +138,7 @@ class LaplacePosterior:
     tolerance: float = TOLERANCE
     temperature: float = 1.0
     network: NetworkIdentity | None = field(default=None, repr=False)
+    amplification: float = 1.0
     precision: Tensor | None = field(default=None, repr=False)
     statistics: Statistics | None = field(default=None, repr=False)
     _cache: dict[Any, Tensor] = field(default_factory=dict, init=False, repr=False)
@@ -153,7 +156,7 @@ class LaplacePosterior:
             raise ArgumentError(f"expected 0 <= tolerance < 1, got {self.tolerance}")
         for name in ("num_timesteps", "num_images", "dataset_size"):
             settle(name, check_int(name, getattr(self, name), least=1))
-        for name in ("log_likelihood", "draws_per_image", "cut_share"):
+        for name in ("log_likelihood", "draws_per_image", "cut_share", "amplification"):
             settle(name, check_number(name, getattr(self, name)))
         if self.training_draws is not None:
             settle("training_draws", check_positive("training_draws", self.training_draws))
@@ -276,7 +279,7 @@ class LaplacePosterior:
         return cls(
             mean, statistics.geometry, settings["structure"], settings["covariance"], sigma, num_timesteps=num_timesteps,
             head_path=head_path, rank=rank, tolerance=tolerance, temperature=temperature, statistics=statistics, network=network,
-            **parts,
+            amplification=amplification(sigma, parts["precision"]), **parts,
         )  # fmt: skip
 
     def recut(self, **changes: Any) -> LaplacePosterior:
@@ -389,9 +392,13 @@ class LaplacePosterior:
             self.network.check(denoiser(model, head or self.head_path))
         return found
 
+    def working(self, dtype: torch.dtype) -> torch.dtype:
+        """The dtype in which features of some dtype are worked with: float32 at least, and float64 where that is not enough."""
+        return torch.float64 if self.amplification > AMPLIFIED else torch.promote_types(dtype, torch.float32)
+
     def _placed(self, name: str, tensor: Tensor, like: Tensor) -> Tensor:
         """``tensor`` on the device and in the working dtype of ``like``, kept for the next call."""
-        dtype = torch.promote_types(like.dtype, torch.float32)
+        dtype = self.working(like.dtype)
         key = (name, like.device, dtype)
         if key not in self._cache:
             self._cache[key] = tensor.to(like.device, dtype)
@@ -414,7 +421,7 @@ class LaplacePosterior:
             NonFiniteError: They are NaN or infinite.
         """
         self.geometry.check(features)
-        x = features.to(torch.promote_types(features.dtype, torch.float32))
+        x = features.detach().to(self.working(features.dtype))
         parts = {k: getattr(self.sigma, k) for k in ("rows", "scales", "diagonal")}
         placed = {k: None if v is None else self._placed(k, v, x) for k, v in parts.items()}
         variance = self.temperature * closed_variance(self.geometry, x, **placed)
@@ -422,7 +429,7 @@ class LaplacePosterior:
         if not bool(torch.isfinite(variance).all()):
             check_finite("features", features)
             check_finite("variances", variance, "the features are too large for this dtype: use float64")
-        return variance
+        return variance.to(torch.promote_types(features.dtype, torch.float32))
 
     def weight_variance(self) -> Tensor:
         """The variance of each weight, the diagonal of Σ: ``(C, D)`` float64."""
@@ -462,7 +469,7 @@ class LaplacePosterior:
         self.geometry.check(features)
         check_finite("features", features)
         mean = self._placed("mean", self.mean, features)
-        x = features.to(mean.dtype)
+        x = features.detach().to(mean.dtype)
         if link_approx == "mc":
             check_int("n_samples", n_samples, least=2)
             return monte_carlo(self.geometry, x, mean, lambda k: self.deviations(k, generator), n_samples, chosen)
@@ -471,7 +478,7 @@ class LaplacePosterior:
             check_int("n_samples", n_samples, least=1)
             away = self.geometry.apply(x, self.deviations(n_samples, generator).to(mean))
             return push_deviations(chosen, output, away)
-        return chosen.moments(Gaussian(output, self.variance(features)), link_approx)
+        return chosen.moments(Gaussian(output, self.variance(x)), link_approx)
 
     def deviations(self, n: int, generator: Generator | None = None, *, orthogonal: bool = False) -> Tensor:
         r"""n draws of :math:`\delta W \sim \mathcal N(0, \Sigma)`: ``(n, C, D)`` float64, on the CPU.

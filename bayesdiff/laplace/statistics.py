@@ -15,7 +15,8 @@ squares.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -27,8 +28,17 @@ from bayesdiff.io import read_folder, write_folder
 from bayesdiff.laplace.loss import Loss, Squares, as_loss, from_dict, to_dict
 from bayesdiff.laplace.training import Scores
 
-FORMAT = 2
+FORMAT = 3
+#: Numbers of features that are worked on at once, in float64.
+WORKED = 2**22
 _SUMS = ("gram", "squared_residuals", "positions", "curvatures", "squared_scores")
+
+
+@contextmanager
+def _plain() -> Iterator[None]:
+    """Sums are neither part of a graph nor of inference mode, whatever the network was run under."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 class Statistics:
@@ -60,13 +70,17 @@ class Statistics:
         weighted: bool = False,
     ) -> None:
         self.geometry = geometry
-        self.num_bins = check_int("num_bins", num_bins, least=1)
-        self.loss, self.weighted = as_loss(loss), weighted
-        d, c = geometry.in_features, geometry.out_channels
+        self.num_bins = num_bins = check_int("num_bins", num_bins, least=1)
+        self.loss, self.weighted = as_loss(loss), bool(weighted)
+        with _plain():
+            self._empty(device)
+
+    def _empty(self, device: torch.device | str) -> None:
+        num_bins, d, c = self.num_bins, self.geometry.in_features, self.geometry.out_channels
         self.gram = torch.zeros(num_bins, d, d, dtype=torch.float64, device=device)
         self.squared_residuals = torch.zeros(num_bins, c, dtype=torch.float64, device=device)
         self.positions = torch.zeros(num_bins, dtype=torch.float64, device=device)
-        plain = isinstance(self.loss, Squares) and not weighted
+        plain = isinstance(self.loss, Squares) and not self.weighted
         self.curvature = None if plain else torch.zeros_like(self.gram)
         self.curvatures = torch.zeros_like(self.squared_residuals)
         self.squared_scores = torch.zeros_like(self.squared_residuals)
@@ -100,6 +114,12 @@ class Statistics:
             NonFiniteError: Features or residuals are NaN or infinite.
             ShapeError: The shapes don't fit.
         """
+        with _plain():
+            self._update(inputs, residuals, bins, images, rows, weights)
+
+    def _update(
+        self, inputs: Tensor, residuals: Tensor, bins: Tensor, images: Tensor, rows: Tensor | None, weights: Tensor | None
+    ) -> None:  # fmt: skip
         count = len(bins) if rows is None else len(rows)
         if not len(inputs) == len(residuals) == count or len(bins) != len(images):
             raise ShapeError(
@@ -115,25 +135,34 @@ class Statistics:
         if weights is not None and weights.shape != bins.shape:
             raise ShapeError(f"expected one weight for each of {len(bins)} draws, got {tuple(weights.shape)}")
         hint = "the network overflows in this dtype: use bfloat16 or float32"
-        dtype, device = torch.promote_types(inputs.dtype, torch.float32), self.gram.device
-        x = check_finite("features", inputs, hint).to(device, dtype)
-        r = check_finite("residuals", residuals, hint).to(device, dtype)
-        bins, images = bins.to(device), images.to(device)
-        channel = 1 if self.geometry.kind == "conv" else -1
-        by_channel = r.movedim(channel, 1).reshape(len(r), self.geometry.out_channels, -1)  # (B, C, P)
+        device = self.gram.device
+        x, r = check_finite("features", inputs, hint).to(device), check_finite("residuals", residuals, hint).to(device)
+        bins, images = (v.to(device, torch.int64, copy=True) for v in (bins, images))
+        if len(bins) and not 0 <= int(bins.min()) <= int(bins.max()) < self.num_bins:
+            raise ArgumentError(
+                f"expected bins from 0 to {self.num_bins - 1}, got {int(bins.min())} to {int(bins.max())}"
+            )
         rows = torch.arange(len(bins), device=device) if rows is None else rows.to(device)
         by_row = bins[rows]
-        for b in by_row.unique().tolist():
-            chosen = by_row == b
-            self.geometry.add_gram(x if bool(chosen.all()) else x[chosen], self.gram[b])
-        self.squared_residuals.index_add_(0, by_row, by_channel.square().sum(2, dtype=torch.float64))
-        ones = torch.full((len(by_row),), float(by_channel.shape[2]), dtype=torch.float64, device=device)
-        self.positions.index_add_(0, by_row, ones)
-        r = self._add_curvature(x, r, by_channel, by_row, None if weights is None else weights.to(r)[rows])
-        scores = self.geometry.outer(x, r).double()
-        self._scores.append(scores.new_zeros(len(bins), *scores.shape[1:]).index_add_(0, rows, scores))
+        scores = self.gram.new_zeros(len(bins), self.geometry.out_channels, self.geometry.in_features)
+        for part in torch.arange(len(x), device=device).split(max(1, WORKED // max(1, x[:1].numel()))):
+            of_row = None if weights is None else weights.to(device)[rows[part]]
+            scores.index_add_(0, rows[part], self._add_rows(x[part].double(), r[part].double(), by_row[part], of_row))
+        self._scores.append(scores)
         self._score_images.append(images)
         self._score_bins.append(bins)
+
+    def _add_rows(self, x: Tensor, r: Tensor, bins: Tensor, weights: Tensor | None) -> Tensor:
+        """Add rows of inputs to the sums; their scores. In float64: collinear features leave float32 too few digits."""
+        channel = 1 if self.geometry.kind == "conv" else -1
+        by_channel = r.movedim(channel, 1).reshape(len(r), self.geometry.out_channels, -1)  # (B, C, P)
+        for b in bins.unique().tolist():
+            chosen = bins == b
+            self.geometry.add_gram(x if bool(chosen.all()) else x[chosen], self.gram[b])
+        self.squared_residuals.index_add_(0, bins, by_channel.square().sum(2))
+        self.positions.index_add_(0, bins, by_channel.new_full(bins.shape, float(by_channel.shape[2])))
+        r = self._add_curvature(x, r, by_channel, bins, None if weights is None else weights.to(r))
+        return self.geometry.outer(x, r)
 
     def _add_curvature(self, x: Tensor, r: Tensor, by_channel: Tensor, bins: Tensor, weights: Tensor | None) -> Tensor:
         """Add the curvature of the loss; returns wψ(r), shaped as r. All by row of the inputs."""
@@ -187,6 +216,11 @@ class Statistics:
                 "expected other draws of the same images, got some of the very same: give each fit a generator "
                 "with a seed of its own"
             )
+        with _plain():
+            self._add(other, shift)
+        return self
+
+    def _add(self, other: Statistics, shift: int) -> None:
         self.gram += other.gram.to(self.gram)
         if self.curvature is not None and other.curvature is not None:
             self.curvature += other.curvature.to(self.gram)
@@ -198,7 +232,6 @@ class Statistics:
         self._scores += [s.to(device) for s in other._scores]
         self._score_images += [s.to(device) + shift for s in other._score_images]
         self._score_bins += [s.to(device) for s in other._score_bins]
-        return self
 
     def _draws(self) -> set[tuple[int, float]]:
         """Image and squared score of each draw: no two draws have the same by chance."""

@@ -180,7 +180,7 @@ def _spectral(channels: Tensor, features: Tensor, tau: float, error: float) -> C
 
 
 def _fisher(scores: Tensor, tau: float) -> dict[str, Tensor]:
-    """(GᵀG + τI)⁻¹ over all C·D weights: its diagonal blocks' factors and what draws need, nowhere as a whole if G has fewer rows."""
+    """(GᵀG + τI)⁻¹ over all C·D weights: factors of its diagonal blocks, and what draws need; nowhere whole if G has fewer rows."""
     c, d = scores.shape[1:]
     g = scores.flatten(1)
     parts = {"scores": scores, "tau": torch.tensor([tau], dtype=torch.float64)}
