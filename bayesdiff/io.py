@@ -118,15 +118,14 @@ def read_folder(folder: str | os.PathLike[str], name: str, version: int) -> tupl
     Raises:
         PosteriorFileError: A file is missing, damaged, truncated or of an unknown version.
     """
-    path = Path(folder)
     try:
-        return _read(path, name, version)
+        return _read(Path(folder), name, version)
     except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError, RuntimeError) as error:
         if isinstance(error, PosteriorFileError):
             raise
         saved = {"posterior": "LaplacePosterior", "statistics": "Statistics"}.get(name, name)
         raise PosteriorFileError(
-            f"expected what {saved}.save wrote in {str(path)!r}, got {type(error).__name__}: {error}"
+            f"expected what {saved}.save wrote in {str(folder)!r}, got {type(error).__name__}: {error}"
         ) from error
 
 

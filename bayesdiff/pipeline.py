@@ -48,6 +48,7 @@ class UncertaintyPipeline:
         self.settings = settings(propagation)
         if not callable(pipe):
             raise ArgumentError(f"expected a pipeline that can be called, got {type(pipe).__name__}")
+        check_posterior(posterior)
         self.pipe, self.posterior = pipe, posterior
         self.network = denoiser(pipe, head or posterior.head_path)
         self.head = posterior.check(pipe, head)
@@ -113,6 +114,7 @@ def propagate(
         raise ArgumentError(f"expected a function, got {type(function).__name__}")
     if not isinstance(network, nn.Module):
         raise ArgumentError(f"expected the network as a torch.nn.Module, got {type(network).__name__}")
+    check_posterior(posterior)
     chosen = settings(propagation)
     if isinstance(chosen, BayesDiff):
         raise UnsupportedPipelineError(
@@ -123,6 +125,14 @@ def propagate(
     check_eval(network)
     deviations, seed = drawn(posterior, chosen)
     return UncertainRun(function, network, head, posterior, chosen, deviations, seed, args, kwargs)()
+
+
+def check_posterior(posterior: object) -> None:
+    """Raise :class:`ArgumentError` for what is no posterior."""
+    if not isinstance(posterior, LaplacePosterior):
+        raise ArgumentError(
+            f"expected a LaplacePosterior, of bayesdiff.fit or LaplacePosterior.load(folder), got {type(posterior).__name__}"
+        )
 
 
 def drawn(posterior: LaplacePosterior, chosen: Settings) -> tuple[Tensor, int]:

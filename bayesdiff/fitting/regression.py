@@ -15,7 +15,7 @@ import torch
 from torch import Generator, Tensor, nn
 from tqdm.auto import tqdm
 
-from bayesdiff.checks import ArgumentError, EmptyDataError, check_choice, check_int
+from bayesdiff.checks import ArgumentError, EmptyDataError, UnsupportedSchedulerError, check_choice, check_int
 from bayesdiff.data import framing_of, known_classes, open_images
 from bayesdiff.data.sources import Batch
 from bayesdiff.diffusion.density import Density, as_density
@@ -139,6 +139,7 @@ def fit(
         ShapeError: The images don't fit the network.
         NonFiniteError: Images, features or residuals are NaN or infinite.
         ArgumentError: An argument is out of range or missing (prompts for a network of text), or the network is in training mode.
+        NotRepeatableError: The network gives the same call another answer: dropout, noise of its own, a block cache.
         UnsupportedPipelineError: The pipeline cannot be followed; the message has what was measured.
         UnsupportedSchedulerError: The scheduler's timesteps are not those of a known schedule.
         HeadNotFoundError, AmbiguousHeadError, UnsupportedHeadError: See :func:`find_head`.
@@ -162,7 +163,7 @@ def fit(
     found = source.observer.known
     if found is not None:
         check_settings(found.out_channels, noise_bins, **settings)
-    num_timesteps = int(source.scheduler.config.num_train_timesteps)
+    num_timesteps = training_timesteps(source.scheduler)
     seed = base_seed(generator)
     if space == "samples" and value_range is None:
         value_range = "as-is"
@@ -240,6 +241,21 @@ def source_of(
     if scheduler is None:
         raise ArgumentError("expected a pipeline, or scheduler=… beside a bare network, got neither")
     return ByCall(network, observer, scheduler, call)
+
+
+def training_timesteps(scheduler: Any) -> int:
+    """T, the timesteps that a network was trained on, as its schedule has them.
+
+    Raises:
+        UnsupportedSchedulerError: It does not say.
+    """
+    count = getattr(getattr(scheduler, "config", None), "num_train_timesteps", None)
+    if not isinstance(count, int) or count < 1:
+        raise UnsupportedSchedulerError(
+            f"expected a scheduler of diffusers, whose config has num_train_timesteps, got {type(scheduler).__name__} without: give "
+            "the schedule that the network was trained with as scheduler=…"
+        )
+    return count
 
 
 def smaller(batch: Batch, draws: int) -> list[Batch]:

@@ -44,6 +44,20 @@ class Spy:
     def __init__(self, scheduler: Any, on_step: OnStep) -> None:
         original = scheduler.step
         signature = inspect.signature(original)
+        names = [n for n, p in signature.parameters.items() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+        known = ("model_output", "timestep", "sample")
+        if len(names) >= 3 and not set(known) <= set(names):  # other names for the same three
+            inner, rest = original, dict(zip(names, known, strict=False))
+
+            def renamed(model_output: Any, timestep: Any, sample: Any, **others: Any) -> Any:
+                return inner(model_output, timestep, sample, **others)
+
+            def step(*args: Any, **kwargs: Any) -> Any:
+                given = dict(signature.bind(*args, **kwargs).arguments)
+                return on_step(renamed, {rest.get(name, name): value for name, value in given.items()})
+
+            self.__dict__.update(_scheduler=scheduler, step=functools.wraps(original)(step))
+            return
 
         @functools.wraps(original)  # pipelines look at the signature to see what step takes
         def step(*args: Any, **kwargs: Any) -> Any:
