@@ -113,6 +113,10 @@ class TrainingDrawsWarning(BayesdiffWarning):
     """It is not known how many draws (t, ε) each image had in the network's training; the message says what is assumed."""
 
 
+class SketchWarning(BayesdiffWarning):
+    """The gradients of single images are no longer kept but as random mixtures; the message says what that costs."""
+
+
 class ProjectionWarning(BayesdiffWarning):
     """An estimate of a covariance was not positive semidefinite, and was projected; the message says how much was cut."""
 

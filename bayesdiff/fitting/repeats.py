@@ -54,7 +54,7 @@ class Repeats:
                 apart = float((one.double() - other.double()).abs().nan_to_num().max())
                 raise NotRepeatableError(
                     f"expected {type(self.network).__name__} to give the same call the same answer, got a difference of "
-                    f"{apart:.3g} (largest output: {float(one.abs().nan_to_num().max()):.3g}): it draws random numbers (dropout?), "
-                    "or remembers earlier calls (a block cache?); turn that off, or call .eval() on it"
+                    f"{apart:.3g} (largest output: {float(one.abs().nan_to_num().max()):.3g}): it draws random numbers "
+                    "(dropout?), or remembers earlier calls (a block cache?); turn that off, or call .eval() on it"
                 )
         self._known = None

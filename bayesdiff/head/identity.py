@@ -77,8 +77,8 @@ class NetworkIdentity:
         advice = "fit the posterior again with bayesdiff.fit, or load the weights that it belongs to"
         if now.layout != self.layout or len(now.samples) != len(self.samples):
             raise HeadMismatchError(
-                f"expected the network {what}, got {type(network).__name__} with {len(now.samples)} tensors of other names or shapes "
-                f"({len(self.samples)} before; an adapter?): {advice}"
+                f"expected the network {what}, got {type(network).__name__} with {len(now.samples)} tensors of other names or "
+                f"shapes ({len(self.samples)} before; an adapter?): {advice}"
             )
         known = self.samples.clone()
         for number, tensor in enumerate(tensors.values()):
@@ -89,8 +89,8 @@ class NetworkIdentity:
             changed = different.any(1).nonzero().flatten().tolist()
             first = list(tensors)[changed[0]]
             raise HeadMismatchError(
-                f"expected the network {what}, got one with other weights: {len(changed)} of {len(tensors)} tensors have changed, "
-                f"{first!r} first: {advice}"
+                f"expected the network {what}, got one with other weights: {len(changed)} of {len(tensors)} tensors have "
+                f"changed, {first!r} first: {advice}"
             )
 
 

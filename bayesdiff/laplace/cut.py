@@ -87,8 +87,8 @@ def cut(
         weights = _loss_weights(loss_weights, noise, statistics.pooled_variance())
     curvature = statistics.loss_curvature if covariance == "sandwich" else statistics.precision
     precision = scale * curvature(weights)
-    by_image = statistics.scores_by_image(weights)
-    scores, cut_share = _scores(statistics, by_image, weights, precision, covariance, training_draws)
+    by_image = None if covariance == "ggn" else statistics.scores_by_image(weights)
+    scores, cut_share = _scores(statistics, by_image, weights, precision, training_draws)
     scores = scores * math.sqrt(size)
     full = precision
     if diagonal:
@@ -103,7 +103,7 @@ def cut(
     log_likelihood = -0.5 * scale * float((squares / noise + count * torch.log(2 * math.pi * noise)).sum())
     tau = _prior(prior_precision, spectrum.cpu(), mean)
     origins = full.new_zeros(0, 2)
-    if covariance == "sandwich" and by_image.degrees:
+    if covariance == "sandwich" and by_image is not None and by_image.degrees:
         origins = _origins(statistics, by_image, full, tau.to(full), training_draws or draws) * size
     return {
         "precision": precision.cpu().contiguous(), "spectrum": spectrum.cpu().contiguous(), "scores": scores.cpu().contiguous(),
@@ -114,11 +114,11 @@ def cut(
 
 
 def _scores(
-    statistics: Statistics, by_image: Scores, weights: Tensor, precision: Tensor, covariance: str, training_draws: float | None
+    statistics: Statistics, by_image: Scores | None, weights: Tensor, precision: Tensor, training_draws: float | None
 ) -> tuple[Tensor, float]:  # fmt: skip
     """A factor of the covariance of an image's summed score over M draws, ``(R, C, D)``; the share that was cut."""
-    if covariance == "ggn":
-        return by_image.means[:0], 0.0
+    if by_image is None:
+        return precision.new_zeros(0, statistics.geometry.out_channels, statistics.geometry.in_features), 0.0
     if training_draws is None:
         return statistics.image_scores(weights) / math.sqrt(statistics.num_images), 0.0
     metric = precision if precision.ndim == 2 else precision.mean(0)
@@ -134,6 +134,11 @@ def _origins(statistics: Statistics, scores: Scores, precision: Tensor, tau: Ten
 
     def by_bin(factor: Tensor) -> Tensor:
         total = gram.new_zeros(len(gram))
+        if precision.ndim == 2 and bool((tau == tau[0]).all()):  # all channels at once
+            rows = factor.flatten(0, 1)
+            half = torch.linalg.solve(precision + tau[0] * eye, rows.T @ rows)
+            whole = torch.linalg.solve(precision + tau[0] * eye, half.T)
+            return torch.einsum("bij,ij->b", gram, whole) * training_draws**2 / channels
         for c in range(channels):
             h = precision if precision.ndim == 2 else precision[c]
             rows = torch.linalg.solve(h + tau[c] * eye, factor[:, c].T @ factor[:, c])  # H⁻¹ S

@@ -61,9 +61,8 @@ class HeadLaplace(ParametricLaplace):
 
     Raises:
         UnsupportedHeadError: The layer is of another kind.
-        ArgumentError: Another likelihood or structure; more than one prior precision; a noise, temperature or prior precision that
-            is not finite and > 0; another of laplace-torch's arguments,
-            such as ``backend``, that would change nothing.
+        ArgumentError: Another likelihood or structure; more than one prior precision; a noise, temperature or prior precision
+            that is not finite and > 0; another of laplace-torch's arguments, such as ``backend``, that would change nothing.
     """
 
     def __init__(

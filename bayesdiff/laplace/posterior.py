@@ -56,8 +56,8 @@ FORMS_OF = {
 }  # fmt: skip
 #: Plain values that are saved as they are.
 _SAVED = (
-    "structure", "covariance", "rank", "tolerance", "temperature", "log_likelihood", "num_timesteps", "num_images", "dataset_size",
-    "draws_per_image", "training_draws", "cut_share", "amplification",
+    "structure", "covariance", "rank", "tolerance", "temperature", "log_likelihood", "num_timesteps", "num_images",
+    "dataset_size", "draws_per_image", "training_draws", "cut_share", "amplification",
 )  # fmt: skip
 
 
@@ -110,7 +110,8 @@ class LaplacePosterior:
         temperature: Σ is multiplied by it (the posterior to the power 1/T; Wenzel et al. 2020).
         network: What tells the network that it was fitted to from others; None: not known.
         amplification: How many times larger the terms of δWφ are than their sum, where features are collinear or far from 0:
-            above :data:`~bayesdiff.laplace.covariance.AMPLIFIED` predictions are computed in float64, because float32 would keep too few digits.
+            above :data:`~bayesdiff.laplace.covariance.AMPLIFIED` predictions are computed in float64, because float32 would
+            keep too few digits.
         precision: A = Σ w φφᵀ, without the prior: ``(D, D)``; its diagonal ``(D,)`` for ``"diag"``. One for each channel,
             ``(C, D, D)`` or ``(C, D)``, where the loss has another curvature in each. Not saved with it.
         statistics: The sums that it was cut from, for :meth:`recut`; not saved with it.
@@ -172,7 +173,7 @@ class LaplacePosterior:
         """
         c, d = self.geometry.out_channels, self.geometry.in_features
         bins = len(self.noise_variance) if self.noise_variance.ndim == 1 else -1
-        shapes = {
+        shapes: dict[str, list[tuple[int, ...]]] = {
             "mean": [(c, d)], "spectrum": [(1, d), (c, d)], "weights": [(bins,)], "noise_variance": [(bins,)],
             "origins": [(0, 2), (bins, 2)],
         }  # fmt: skip
@@ -273,8 +274,8 @@ class LaplacePosterior:
             check_int("rank", rank, least=1)
         parts = cut(statistics, mean, **settings)
         sigma = build(
-            settings["structure"], settings["covariance"], parts["precision"], parts.pop("scores"), parts["prior_precision"], rank,
-            tolerance,
+            settings["structure"], settings["covariance"], parts["precision"], parts.pop("scores"), parts["prior_precision"],
+            rank, tolerance,
         )  # fmt: skip
         return cls(
             mean, statistics.geometry, settings["structure"], settings["covariance"], sigma, num_timesteps=num_timesteps,

@@ -148,7 +148,9 @@ def _diag(covariance: str, precision: Tensor, scores: Tensor, prior: Tensor) -> 
         variances = inverse if covariance == "ggn" else squares * inverse.square()
 
     same = bool((variances == variances[:1]).all())
-    return Covariance("diagonal", {"variances": variances[:1] if same else variances}, tuple(variances.shape))
+    return Covariance(
+        "diagonal", {"variances": variances[:1] if same else variances}, (len(variances), variances.shape[1])
+    )
 
 
 def _channelwise(factors: Tensor, channels: int) -> Covariance:
@@ -176,11 +178,11 @@ def _spectral(channels: Tensor, features: Tensor, tau: float, error: float) -> C
     lambda_d, q_d = torch.linalg.eigh(features)
     # Both are positive semidefinite; below 0 only by rounding.
     inverse = 1 / (lambda_c.clamp(min=0)[:, None] * lambda_d.clamp(min=0) + tau)
-    return Covariance("spectral", {"channels": q_c, "features": q_d, "variances": inverse}, tuple(inverse.shape), error)
+    return Covariance("spectral", {"channels": q_c, "features": q_d, "variances": inverse}, (len(q_c), len(q_d)), error)
 
 
 def _fisher(scores: Tensor, tau: float) -> dict[str, Tensor]:
-    """(GᵀG + τI)⁻¹ over all C·D weights: factors of its diagonal blocks, and what draws need; nowhere whole if G has fewer rows."""
+    """(GᵀG + τI)⁻¹ over all C·D weights: factors of its diagonal blocks, and what draws need; never whole if G has few rows."""
     c, d = scores.shape[1:]
     g = scores.flatten(1)
     parts = {"scores": scores, "tau": torch.tensor([tau], dtype=torch.float64)}
