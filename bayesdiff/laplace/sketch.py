@@ -6,9 +6,9 @@ signs :math:`\xi_{ir} = \pm 1`, each with probability ½ and independent,
     S_r = Σ_i ξ_ir ḡ_i,   r = 1 … R,        E S_r S_rᵀ = Σ_i ḡ_i ḡ_iᵀ
 
 so a variance :math:`a^\top(\frac1R\sum_r S_rS_r^\top)a` is unbiased, with a relative error of at most √(2/R)
-(Achlioptas 2003; the variance of a product of signs is below that of a Gaussian's). R·C·D numbers are kept however many images there are, sketches of
-parts of the data add up, and each row is a draw of the score. The deviations of the draws of one image around their mean are
-sketched beside them, with signs of their own.
+(Achlioptas 2003; the variance of a product of signs is below that of a Gaussian's). R·C·D numbers are kept however many images
+there are, sketches of parts of the data add up, and each row is a draw of the score. The deviations of the draws of one image
+around their mean are sketched beside them, with signs of their own.
 
 Signs come from the gradients themselves, a hash of some of their numbers: so they do not depend on batches or processes, and two
 processes never share signs for different images.
