@@ -113,6 +113,10 @@ class TrainingDrawsWarning(BayesdiffWarning):
     """It is not known how many draws (t, ε) each image had in the network's training; the message says what is assumed."""
 
 
+class SketchWarning(BayesdiffWarning):
+    """The gradients of single images are no longer kept but as random mixtures; the message says what that costs."""
+
+
 class ProjectionWarning(BayesdiffWarning):
     """An estimate of a covariance was not positive semidefinite, and was projected; the message says how much was cut."""
 
@@ -125,7 +129,7 @@ def check_int(name: str, value: object, *, least: int) -> int:
     """
     try:
         number = operator.index(value)  # type: ignore[arg-type]
-    except TypeError:
+    except (TypeError, RuntimeError):
         raise ArgumentError(f"expected {name} to be an integer >= {least}, got {value!r}") from None
     if isinstance(value, bool) or number < least:
         raise ArgumentError(f"expected {name} >= {least}, got {value!r}")
@@ -139,11 +143,26 @@ def check_positive(name: str, value: object) -> float:
         ArgumentError: It is not a number, not finite, or not positive.
     """
     try:
-        number = float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
+        number = float("nan") if isinstance(value, str | bool) else float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, RuntimeError):
         raise ArgumentError(f"expected {name} to be a number > 0, got {value!r}") from None
     if not 0 < number < float("inf"):
         raise ArgumentError(f"expected {name} to be finite and > 0, got {value!r}")
+    return number
+
+
+def check_number(name: str, value: object) -> float:
+    """``value`` as a finite float.
+
+    Raises:
+        ArgumentError: It is not a number, or not finite.
+    """
+    try:
+        number = float("nan") if isinstance(value, str | bool) else float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        number = float("nan")
+    if not abs(number) < float("inf"):
+        raise ArgumentError(f"expected {name} to be a finite number, got {value!r}")
     return number
 
 
@@ -153,7 +172,7 @@ def check_choice(name: str, value: object, choices: tuple[str, ...]) -> str:
     Raises:
         ArgumentError: It is not.
     """
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         raise ArgumentError(f"expected {name} to be one of {', '.join(map(repr, choices))}, got {value!r}")
     return str(value)
 

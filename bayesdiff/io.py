@@ -19,12 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save, save_file
 from torch import Tensor
 
 from bayesdiff.checks import PosteriorFileError, check_output_folder
 
+#: Bytes of the largest JSON file that is read.
+LARGEST_JSON = 2**24
 PACKAGES = ("torch", "diffusers", "laplace-torch", "numpy")
 
 
@@ -90,40 +92,78 @@ def write_folder(
     digest = hashlib.sha256(payload).hexdigest()
     # The file's name carries its content, so name.json, replaced last, always names a complete one.
     final = path / f"{name}-{digest[:16]}.safetensors"
+    content = {"format": version, "tensors": final.name, "sha256": digest, **meta}
+    content["checksum"] = _checksum(content)  # fails on what is not JSON before anything is written
     with atomic_path(final) as temporary:
         temporary.write_bytes(payload)
-    write_json(path / f"{name}.json", {"format": version, "tensors": final.name, "sha256": digest, **meta})
+    write_json(path / f"{name}.json", content)
     for old in path.glob(f"{name}-*.safetensors"):
         if old != final:
             old.unlink()
 
 
+def _checksum(content: Mapping[str, Any]) -> str:
+    """SHA-256 of what a JSON file says, however it is indented; without the checksum itself.
+
+    Raises:
+        ValueError, TypeError: It is not JSON (NaN, infinity, other objects).
+    """
+    plain = {k: v for k, v in content.items() if k != "checksum"}
+    return hashlib.sha256(json.dumps(plain, sort_keys=True, allow_nan=False).encode()).hexdigest()
+
+
 def read_folder(folder: str | os.PathLike[str], name: str, version: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read what :func:`write_folder` wrote.
+    """Read what :func:`write_folder` wrote; takes no more memory than twice the file's size.
 
     Raises:
         PosteriorFileError: A file is missing, damaged, truncated or of an unknown version.
     """
-    path = Path(folder)
     try:
-        meta = json.loads((path / f"{name}.json").read_text(encoding="utf-8"))
-        if meta["format"] != version:
-            raise PosteriorFileError(f"expected {name} format {version}, got {meta['format']!r} in {str(path)!r}")
-        payload = (path / meta["tensors"]).read_bytes()
-        if hashlib.sha256(payload).hexdigest() != meta["sha256"]:
-            raise PosteriorFileError(
-                f"expected {meta['tensors']} in {str(path)!r} to have the checksum that {name}.json records, got another: the "
-                "file is damaged or truncated; save it again"
-            )
-        # Copied: tensors within the file's bytes are not aligned as others are, and would be summed in another order.
-        return {k: v.clone() for k, v in load(payload).items()}, meta
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        return _read(Path(folder), name, version)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError, RuntimeError) as error:
         if isinstance(error, PosteriorFileError):
             raise
         saved = {"posterior": "LaplacePosterior", "statistics": "Statistics"}.get(name, name)
         raise PosteriorFileError(
-            f"expected what {saved}.save wrote in {str(path)!r}, got {type(error).__name__}: {error}"
+            f"expected what {saved}.save wrote in {str(folder)!r}, got {type(error).__name__}: {error}"
         ) from error
+
+
+def _read(path: Path, name: str, version: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    json_file = path / f"{name}.json"
+    if json_file.stat().st_size > LARGEST_JSON:
+        raise PosteriorFileError(
+            f"expected {json_file.name} in {str(path)!r} with at most {LARGEST_JSON} bytes, got more"
+        )
+    meta = json.loads(json_file.read_text(encoding="utf-8"))
+    if not isinstance(meta, dict) or meta["format"] != version:
+        raise PosteriorFileError(
+            f"expected {name} format {version}, got {meta['format'] if isinstance(meta, dict) else meta!r} in {str(path)!r}: it "
+            "was written by another version of bayesdiff; fit again"
+        )
+    if meta["checksum"] != _checksum(meta):
+        raise PosteriorFileError(
+            f"expected {json_file.name} in {str(path)!r} as it was written, got another checksum: it was edited or is damaged; "
+            "change a posterior with recut and save it again"
+        )
+    file = path / Path(str(meta["tensors"])).name  # in this folder and no other
+    if _digest(file) != meta["sha256"]:
+        raise PosteriorFileError(
+            f"expected {file.name} in {str(path)!r} to have the checksum that {name}.json records, got another: the "
+            "file is damaged or truncated; save it again"
+        )
+    with safe_open(file, "pt") as tensors:
+        # Copied: tensors within the file's bytes are not aligned as others are, and would be summed in another order.
+        return {key: tensors.get_tensor(key).clone() for key in tensors.keys()}, meta  # noqa: SIM118
+
+
+def _digest(file: Path) -> str:
+    """SHA-256 of a file, a piece at a time."""
+    digest = hashlib.sha256()
+    with open(file, "rb") as stream:
+        while piece := stream.read(2**20):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 def environment(device: torch.device | str = "cpu") -> dict[str, Any]:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from bayesdiff.checks import ArgumentError, UnsupportedPipelineError, check_int
 from bayesdiff.head.find import Head, check_eval, denoiser
+from bayesdiff.head.identity import NetworkIdentity
 from bayesdiff.laplace.posterior import LaplacePosterior
 from bayesdiff.output import UncertaintyOutput
 from bayesdiff.propagation.run import UncertainRun
@@ -47,17 +48,20 @@ class UncertaintyPipeline:
         self.settings = settings(propagation)
         if not callable(pipe):
             raise ArgumentError(f"expected a pipeline that can be called, got {type(pipe).__name__}")
+        check_posterior(posterior)
         self.pipe, self.posterior = pipe, posterior
         self.network = denoiser(pipe, head or posterior.head_path)
         self.head = posterior.check(pipe, head)
         check_eval(self.network)
+        self._as_it_was = NetworkIdentity.of(self.network)
         self.deviations, self._seed = drawn(posterior, self.settings)
 
     def __call__(self, *args: Any, **kwargs: Any) -> UncertaintyOutput:
         """Run the pipe with its own arguments.
 
         Raises:
-            ArgumentError: ``num_inference_steps`` < 1.
+            ArgumentError: ``num_inference_steps`` < 1, or the network is in training mode.
+            HeadMismatchError: The network's weights have changed since.
             NotRepeatableError: The network or the sampler does not do the same again.
             UnsupportedPipelineError: The pipe does something that cannot be followed; the message has what was measured.
             UnsupportedHeadError: What follows the output layer is more than a permutation and a scale.
@@ -67,6 +71,8 @@ class UncertaintyPipeline:
         if "num_inference_steps" in kwargs and kwargs["num_inference_steps"] is not None:
             check_int("num_inference_steps", kwargs["num_inference_steps"], least=1)
         check_eval(self.network)
+        self._as_it_was.check(self.network, "with the weights that it had when this UncertaintyPipeline was made")
+        self.head = self.posterior.check(self.pipe, self.head.path)
         return UncertainRun(
             self.pipe, self.network, self.head, self.posterior, self.settings, self.deviations, self._seed, args, kwargs
         )()
@@ -108,6 +114,7 @@ def propagate(
         raise ArgumentError(f"expected a function, got {type(function).__name__}")
     if not isinstance(network, nn.Module):
         raise ArgumentError(f"expected the network as a torch.nn.Module, got {type(network).__name__}")
+    check_posterior(posterior)
     chosen = settings(propagation)
     if isinstance(chosen, BayesDiff):
         raise UnsupportedPipelineError(
@@ -118,6 +125,14 @@ def propagate(
     check_eval(network)
     deviations, seed = drawn(posterior, chosen)
     return UncertainRun(function, network, head, posterior, chosen, deviations, seed, args, kwargs)()
+
+
+def check_posterior(posterior: object) -> None:
+    """Raise :class:`ArgumentError` for what is no posterior."""
+    if not isinstance(posterior, LaplacePosterior):
+        raise ArgumentError(
+            f"expected a LaplacePosterior, of bayesdiff.fit or LaplacePosterior.load(folder), got {type(posterior).__name__}"
+        )
 
 
 def drawn(posterior: LaplacePosterior, chosen: Settings) -> tuple[Tensor, int]:

@@ -15,8 +15,17 @@ from torch import Generator, Tensor
 from bayesdiff.checks import ArgumentError, check_int
 
 
+def check_generator(generator: object) -> None:
+    """Raise :class:`ArgumentError` for what is neither a torch generator nor None."""
+    if not isinstance(generator, Generator | None):
+        raise ArgumentError(
+            f"expected a torch.Generator or None, got {generator!r}; a seed is given as torch.Generator().manual_seed(seed)"
+        )
+
+
 def base_seed(generator: Generator | None) -> int:
     """One 63-bit seed drawn from ``generator`` (torch's default generator when None)."""
+    check_generator(generator)
     device = "cpu" if generator is None else generator.device
     return int(torch.randint(2**63 - 1, (), generator=generator, dtype=torch.int64, device=device))
 
@@ -50,6 +59,7 @@ def item_generator(base: int, *index: int) -> Generator:
 
 def normal(shape: tuple[int, ...], generator: Generator | None, dtype: torch.dtype = torch.float64) -> Tensor:
     """Standard normal numbers on the CPU, from a generator on any device."""
+    check_generator(generator)
     device = "cpu" if generator is None else generator.device
     return torch.randn(shape, generator=generator, dtype=dtype, device=device).cpu()
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from bayesdiff.checks import ArgumentError, ShapeError, check_finite
 from bayesdiff.fitting.by_pipe import Consume
 from bayesdiff.fitting.driven import ERRORS
+from bayesdiff.fitting.repeats import Repeats
 from bayesdiff.fitting.samples import Clean
 from bayesdiff.fitting.seen import Observer, alike
 from bayesdiff.head.loaded import placement
@@ -39,6 +40,7 @@ class ByCall:
         self.network, self.observer, self.scheduler = network, observer, scheduler
         self.call = as_diffusers if call is None else call
         self.device, self.dtype = placement(network)
+        self.repeats = Repeats(network)
 
     def clean(self, images: Tensor, conditioning: Mapping[str, Any]) -> Clean:
         """The data, which are samples."""
@@ -69,9 +71,12 @@ class ByCall:
             x = sample(n).to(self.device, self.dtype)
             told = t.to(self.device)
             self.observer.find(lambda x=x, told=told: self._output(x, told, batch))  # type: ignore[misc]
+            self.repeats.before(self._output, (x, told, batch), {})
             self.observer.begin(alike(x, batch))
             try:
-                output = tensor_of(self._output(x, told, batch))
+                returned = self._output(x, told, batch)
+                self.repeats.after(returned)
+                output = tensor_of(returned)
                 if output.shape != x.shape and output.ndim > 1 and output.shape[1] == 2 * x.shape[1]:
                     output = output[:, : x.shape[1]]  # a learned variance lies behind it
                 if output.shape != x.shape:

@@ -21,6 +21,7 @@ from bayesdiff.diffusion.parametrization import check_levels
 from bayesdiff.fitting.compare import ALIKE, encoder_of, occurrences, rows_alike, unlike_others
 from bayesdiff.fitting.driven import ERRORS, DrivenPipe, Watched
 from bayesdiff.fitting.keywords import Keywords
+from bayesdiff.fitting.repeats import Repeats
 from bayesdiff.fitting.samples import Clean, Encoder, are_pixels
 from bayesdiff.fitting.seen import Observer, Seen, alike
 from bayesdiff.fitting.told import Told
@@ -53,6 +54,7 @@ class ByPipe:
     ) -> None:  # fmt: skip
         self.pipe, self.network, self.observer = pipe, network, observer
         self.keywords = Keywords(pipe, network, given)
+        self.repeats = Repeats(network)
         self.driven = DrivenPipe(pipe, network, mean=encode == "mean")
         self.scheduler = pipe.scheduler if scheduler is None else scheduler
         self.space, self.drawn = space, encode == "sample"
@@ -125,8 +127,11 @@ class ByPipe:
             if self.told is not None:
                 args, kwargs = self.told.replace(args, kwargs, timesteps[n])
             kwargs = {**kwargs, **replaced}
+            self.repeats.before(original, args, kwargs)
             self.observer.begin(alike(args, kwargs))
-            return original(*args, **kwargs)
+            output = original(*args, **kwargs)
+            self.repeats.after(output)
+            return output
 
         def on_step(n: int, output: Tensor) -> None:
             if called == n:

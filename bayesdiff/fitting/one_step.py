@@ -13,7 +13,7 @@ from bayesdiff.checks import ArgumentError, ShapeError, UnsupportedPipelineError
 from bayesdiff.data import framing_of, known_classes, open_images
 from bayesdiff.diffusion.noising import noised
 from bayesdiff.fitting.by_call import Call, check_images
-from bayesdiff.fitting.regression import source_of
+from bayesdiff.fitting.regression import source_of, training_timesteps
 from bayesdiff.fitting.seen import Seen
 from bayesdiff.head.find import Head
 from bayesdiff.rng import normal
@@ -110,7 +110,7 @@ def features(
     check_images(x)
     clean = source.clean(x, conditioning)
     t = source.timesteps(torch.as_tensor(timesteps))
-    most = float(source.scheduler.config.num_train_timesteps)
+    most = training_timesteps(source.scheduler)
     if t.shape != (len(x),) or not bool(((t >= 0) & (t <= most)).all()):
         raise ArgumentError(f"expected {len(x)} timesteps from 0 to {most:g}, one for each image, got {timesteps}")
     shape = tuple(clean.mean.shape)

@@ -8,6 +8,7 @@ called by the pipeline itself (:mod:`bayesdiff.fitting.by_pipe`).
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,7 +16,14 @@ import torch
 from torch import Generator, Tensor, nn
 from tqdm.auto import tqdm
 
-from bayesdiff.checks import ArgumentError, EmptyDataError, check_choice, check_int
+from bayesdiff.checks import (
+    ArgumentError,
+    EmptyDataError,
+    SketchWarning,
+    UnsupportedSchedulerError,
+    check_choice,
+    check_int,
+)
 from bayesdiff.data import framing_of, known_classes, open_images
 from bayesdiff.data.sources import Batch
 from bayesdiff.diffusion.density import Density, as_density
@@ -26,11 +34,13 @@ from bayesdiff.fitting.by_pipe import ByPipe
 from bayesdiff.fitting.samples import Clean
 from bayesdiff.fitting.seen import Observer, Seen
 from bayesdiff.head.find import check_eval, denoiser, find_head
+from bayesdiff.head.identity import NetworkIdentity
 from bayesdiff.head.loaded import placement
 from bayesdiff.laplace.checkpoint import Checkpoint, Journal, identity, named, told
 from bayesdiff.laplace.cut import check_settings
 from bayesdiff.laplace.loss import Loss, as_loss
 from bayesdiff.laplace.posterior import LaplacePosterior
+from bayesdiff.laplace.sketch import ROWS
 from bayesdiff.laplace.statistics import Statistics
 from bayesdiff.laplace.training import choose_draws
 from bayesdiff.rng import base_seed, item_generator
@@ -39,6 +49,8 @@ Source = ByPipe | ByCall
 
 #: Numbers that the noise and the noisy samples of a batch of images may have.
 HELD = 2**26
+#: Bytes that the gradients of single draws may take before they are sketched.
+KEPT = 2**30
 
 
 def fit(
@@ -67,6 +79,7 @@ def fit(
     value_range: tuple[float, float] | str | None = None,
     convert: bool = False,
     head: str | None = None,
+    sketch: int | str | None = "auto",
     generator: Generator | None = None,
     checkpoint: Checkpoint | str | os.PathLike[str] | None = None,
     progress: bool = True,
@@ -121,6 +134,9 @@ def fit(
             255, and floating-point numbers −1 to 1.
         convert: Turn grey, transparent, palette and CMYK images into what the network takes, instead of an error.
         head: Exact path of the output layer, for networks the package does not know.
+        sketch: R: keep so many random mixtures of the images' gradients instead of all of them, which have C·D numbers each
+            (:mod:`bayesdiff.laplace.sketch`); variances then have a relative error of √(2/R). ``"auto"``: 256 once all of them
+            take more than 1 GiB, with a warning. None: keep them all.
         generator: For timesteps and noise. The draws do not depend on ``batch_size``.
         checkpoint: A folder, or a :class:`~bayesdiff.laplace.checkpoint.Checkpoint`, for what is done so far: a fit that was
             killed goes on from there, to the same bits. It stays there when the fit is done.
@@ -134,9 +150,11 @@ def fit(
         BadImagesError: Some images cannot be used; all are listed.
         UnknownNameError: A label is the name of no class of the model.
         CheckpointError: The checkpoint is damaged, or of another fit.
+        HeadMismatchError: The network's weights changed while it was fitted to.
         ShapeError: The images don't fit the network.
         NonFiniteError: Images, features or residuals are NaN or infinite.
         ArgumentError: An argument is out of range or missing (prompts for a network of text), or the network is in training mode.
+        NotRepeatableError: The network gives the same call another answer: dropout, noise of its own, a block cache.
         UnsupportedPipelineError: The pipeline cannot be followed; the message has what was measured.
         UnsupportedSchedulerError: The scheduler's timesteps are not those of a known schedule.
         HeadNotFoundError, AmbiguousHeadError, UnsupportedHeadError: See :func:`find_head`.
@@ -144,7 +162,10 @@ def fit(
     Warns:
         TrainingDrawsWarning: ``training_draws`` is not given.
         ProjectionWarning: The covariance over M draws, estimated from fewer, was indefinite.
+        SketchWarning: Gradients are sketched from now on, because they are many and large.
     """
+    if sketch is not None and sketch != "auto":
+        sketch = check_int("sketch", sketch, least=2)
     draws_per_image = choose_draws(draws_per_image, training_draws)
     density, weighting, loss = as_density(timestep_density), as_weighting(loss_weights), as_loss(loss)
     check_int("batch_size", batch_size, least=1)
@@ -160,7 +181,7 @@ def fit(
     found = source.observer.known
     if found is not None:
         check_settings(found.out_channels, noise_bins, **settings)
-    num_timesteps = int(source.scheduler.config.num_train_timesteps)
+    num_timesteps = training_timesteps(source.scheduler)
     seed = base_seed(generator)
     if space == "samples" and value_range is None:
         value_range = "as-is"
@@ -171,7 +192,7 @@ def fit(
         "seed": seed, "draws_per_image": draws_per_image, "noise_bins": noise_bins, "head": head, "space": space,
         "encode": encode, "pipe_kwargs": told(pipe_kwargs or {}), "scheduler": told(source.scheduler.config),
         "call": getattr(call, "__qualname__", None), "loss": repr(loss), "density": named(density),
-        "weighting": None if weighting is None else named(loss_weights),
+        "weighting": None if weighting is None else named(loss_weights), "sketch": sketch,
     }  # fmt: skip
     journal = Journal(checkpoint, lambda: identity(pipe_or_model, data, **of_sums), placement(source.network)[0])
     statistics: Statistics | None = journal.statistics
@@ -179,22 +200,23 @@ def fit(
     if journal.head is not None:
         source.observer.known = find_head(source.network, journal.head)
 
+    network = NetworkIdentity.of(source.network)
+
     def consume(rows: Tensor, t: Tensor, target: Tensor, seen: Seen) -> None:
         nonlocal statistics
         if statistics is None:
             head = source.observer.head
             check_settings(head.out_channels, noise_bins, **settings)
             statistics = Statistics(
-                head.geometry, noise_bins, seen.output.device, loss=loss, weighted=weighting is not None
-            )
+                head.geometry, noise_bins, seen.output.device, loss=loss, weighted=weighting is not None,
+                sketch=None if isinstance(sketch, str) else sketch,
+            )  # fmt: skip
         bins = (t * noise_bins / num_timesteps).long().clamp(max=noise_bins - 1)
         weights = None if weighting is None else weighting(source.scheduler, t)
         residual = target.to(seen.output.device) - seen.output
         for x, r, draws, of in seen.fold.observations(source.observer.head, seen.inputs, residual):
             draws = draws.to(rows.device)
-            statistics.update(
-                x, r, bins[draws], first + rows[draws], of, None if weights is None else weights[draws]
-            )
+            statistics.update(x, r, bins[draws], first + rows[draws], of, None if weights is None else weights[draws])
 
     with tqdm(total=data.length, initial=first, desc="fit", unit="image", disable=not progress) as bar:
         for batch in data.batches(batch_size, first):
@@ -202,13 +224,17 @@ def fit(
                 check_images(x)
                 clean = source.clean(x, conditioning)
                 Steps(source, clean, conditioning, seed, first, draws_per_image, batch_size, density).run(consume)
+                settle(statistics, sketch)
                 first += len(x)
                 bar.update(len(x))
             journal.keep(statistics, source.observer.known, first)
     journal.keep(statistics, source.observer.known, first, now=True)
     if statistics is None:
         raise EmptyDataError("expected at least one image to fit to, got none")
-    return LaplacePosterior.from_statistics(statistics, source.observer.head, num_timesteps=num_timesteps, **settings)
+    network.check(source.network, "as it was when the fit began")
+    return LaplacePosterior.from_statistics(
+        statistics, source.observer.head, num_timesteps=num_timesteps, network=network, **settings
+    )
 
 
 def source_of(
@@ -235,6 +261,36 @@ def source_of(
     if scheduler is None:
         raise ArgumentError("expected a pipeline, or scheduler=… beside a bare network, got neither")
     return ByCall(network, observer, scheduler, call)
+
+
+def settle(statistics: Statistics | None, sketch: int | str | None) -> None:
+    """All draws of the images so far are in the statistics: their gradients may be sketched."""
+    if statistics is None:
+        return
+    if sketch == "auto" and statistics.sketch is None and statistics.score_bytes > KEPT:
+        warnings.warn(
+            f"the gradients of {statistics.num_images} images take {statistics.score_bytes / 2**30:.1f} GiB: from here on they "
+            f"are sketched by {ROWS} random mixtures; variances have a relative error of {(2 / ROWS) ** 0.5:.0%}, and neither "
+            'covariance "ef" nor loss_weights by bin can be cut; sketch=None keeps them all, sketch=R asks for other errors',
+            SketchWarning, stacklevel=3,
+        )  # fmt: skip
+        statistics.settle(ROWS)
+    statistics.settle()
+
+
+def training_timesteps(scheduler: Any) -> int:
+    """T, the timesteps that a network was trained on, as its schedule has them.
+
+    Raises:
+        UnsupportedSchedulerError: It does not say.
+    """
+    count = getattr(getattr(scheduler, "config", None), "num_train_timesteps", None)
+    if not isinstance(count, int) or count < 1:
+        raise UnsupportedSchedulerError(
+            f"expected a scheduler of diffusers, whose config has num_train_timesteps, got {type(scheduler).__name__} without: "
+            "give the schedule that the network was trained with as scheduler=…"
+        )
+    return count
 
 
 def smaller(batch: Batch, draws: int) -> list[Batch]:

@@ -149,6 +149,8 @@ class Journal:
         begun = time.monotonic()
         if not now and begun - self._last < self._pause:
             return
+        if statistics.num_batches < self._written:  # what was kept of single draws is in a sketch now
+            self._draws, self._written = [], 0
         batches = statistics.draws_since(self._written)
         if batches:
             self._draws.append(self._store("draws", batches))

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bayesdiff.checks import ArgumentError, check_choice, check_int
+from bayesdiff.checks import ArgumentError, check_choice, check_finite, check_int
 from bayesdiff.diffusion.weighting import WEIGHTINGS
 from bayesdiff.laplace.evidence import evidence_noise, evidence_prior_precision
 from bayesdiff.laplace.loss import Squares
@@ -55,10 +55,13 @@ def cut(
             "weights of each draw"
         )
     n = statistics.num_images
+    for name, sums in statistics.sums().items():
+        check_finite(name, sums, "features or residuals are too large even for float64: scale the data")
     noise = statistics.noise_variance()
     if not bool((noise > 0).all()):
         raise ArgumentError("expected residuals that do not vanish, got a noise variance of 0 in some timestep bin")
-    size = n if dataset_size is None else dataset_size
+    size = n if dataset_size is None else check_int("dataset_size", dataset_size, least=1)
+    training_draws = None if training_draws is None else check_training_draws(training_draws)
     if size < n:
         raise ArgumentError(f"expected dataset_size >= the {n} images fitted to, got {size}")
     draws = statistics.num_draws / n
@@ -84,8 +87,8 @@ def cut(
         weights = _loss_weights(loss_weights, noise, statistics.pooled_variance())
     curvature = statistics.loss_curvature if covariance == "sandwich" else statistics.precision
     precision = scale * curvature(weights)
-    by_image = statistics.scores_by_image(weights)
-    scores, cut_share = _scores(statistics, by_image, weights, precision, covariance, training_draws)
+    by_image = None if covariance == "ggn" else statistics.scores_by_image(weights)
+    scores, cut_share = _scores(statistics, by_image, weights, precision, training_draws)
     scores = scores * math.sqrt(size)
     full = precision
     if diagonal:
@@ -100,22 +103,22 @@ def cut(
     log_likelihood = -0.5 * scale * float((squares / noise + count * torch.log(2 * math.pi * noise)).sum())
     tau = _prior(prior_precision, spectrum.cpu(), mean)
     origins = full.new_zeros(0, 2)
-    if covariance == "sandwich" and by_image.degrees:
+    if covariance == "sandwich" and by_image is not None and by_image.degrees:
         origins = _origins(statistics, by_image, full, tau.to(full), training_draws or draws) * size
     return {
         "precision": precision.cpu().contiguous(), "spectrum": spectrum.cpu().contiguous(), "scores": scores.cpu().contiguous(),
-        "prior_precision": float(tau[0]) if bool((tau == tau[0]).all()) else tau, "weights": weights.cpu(),
+        "prior_precision": tau, "weights": weights.cpu(),
         "noise_variance": noise.cpu(), "log_likelihood": log_likelihood, "num_images": n, "dataset_size": size,
         "draws_per_image": draws, "training_draws": training_draws, "origins": origins.cpu(), "cut_share": cut_share,
     }  # fmt: skip
 
 
 def _scores(
-    statistics: Statistics, by_image: Scores, weights: Tensor, precision: Tensor, covariance: str, training_draws: float | None
+    statistics: Statistics, by_image: Scores | None, weights: Tensor, precision: Tensor, training_draws: float | None
 ) -> tuple[Tensor, float]:  # fmt: skip
     """A factor of the covariance of an image's summed score over M draws, ``(R, C, D)``; the share that was cut."""
-    if covariance == "ggn":
-        return by_image.means[:0], 0.0
+    if by_image is None:
+        return precision.new_zeros(0, statistics.geometry.out_channels, statistics.geometry.in_features), 0.0
     if training_draws is None:
         return statistics.image_scores(weights) / math.sqrt(statistics.num_images), 0.0
     metric = precision if precision.ndim == 2 else precision.mean(0)
@@ -131,6 +134,11 @@ def _origins(statistics: Statistics, scores: Scores, precision: Tensor, tau: Ten
 
     def by_bin(factor: Tensor) -> Tensor:
         total = gram.new_zeros(len(gram))
+        if precision.ndim == 2 and bool((tau == tau[0]).all()):  # all channels at once
+            rows = factor.flatten(0, 1)
+            half = torch.linalg.solve(precision + tau[0] * eye, rows.T @ rows)
+            whole = torch.linalg.solve(precision + tau[0] * eye, half.T)
+            return torch.einsum("bij,ij->b", gram, whole) * training_draws**2 / channels
         for c in range(channels):
             h = precision if precision.ndim == 2 else precision[c]
             rows = torch.linalg.solve(h + tau[c] * eye, factor[:, c].T @ factor[:, c])  # H⁻¹ S
@@ -184,7 +192,10 @@ def check_settings(
     if isinstance(loss_weights, str):
         check_choice("loss_weights", loss_weights, ("uniform", "noise"))
     else:
-        weights = torch.as_tensor(loss_weights)
+        try:
+            weights = torch.as_tensor(loss_weights, dtype=torch.float64)
+        except (TypeError, ValueError, RuntimeError):
+            weights = torch.full((bins,), float("nan"))
         if weights.shape != (bins,) or not bool(((weights >= 0) & torch.isfinite(weights)).all()):
             raise ArgumentError(
                 f"expected loss_weights 'uniform', 'noise', or {bins} finite numbers >= 0, one for each timestep "
@@ -196,7 +207,10 @@ def check_settings(
 
 
 def _check_numbers(name: str, value: float | Tensor, count: int, each: str) -> None:
-    numbers = torch.as_tensor(value)
+    try:
+        numbers = torch.as_tensor(value, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError):
+        numbers = torch.full((), float("nan"))
     if numbers.shape not in ((), (count,)) or not bool(((numbers > 0) & torch.isfinite(numbers)).all()):
         raise ArgumentError(
             f"expected {name} a finite number > 0, or {count} of them, one for each {each}; got {value}"

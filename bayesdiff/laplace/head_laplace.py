@@ -23,12 +23,22 @@ from torch import Generator, Tensor, nn
 from torch.nn.utils import parameters_to_vector
 from tqdm.auto import tqdm
 
-from bayesdiff.checks import ArgumentError, EmptyDataError, ShapeError, check_choice, check_finite, check_int
+from bayesdiff.checks import (
+    ArgumentError,
+    EmptyDataError,
+    ShapeError,
+    check_choice,
+    check_finite,
+    check_int,
+    check_positive,
+)
 from bayesdiff.head.geometry import HeadGeometry
+from bayesdiff.laplace.covariance import AMPLIFIED, Covariance, amplification
 from bayesdiff.laplace.evidence import evidence_prior_precision
 from bayesdiff.laplace.links import Identity
 from bayesdiff.laplace.predictive import closed_variance, monte_carlo
-from bayesdiff.laplace.structure import Covariance, build
+from bayesdiff.laplace.statistics import WORKED
+from bayesdiff.laplace.structure import build
 
 STRUCTURES = ("full", "diag")
 #: What of laplace-torch's settings has a meaning here.
@@ -51,8 +61,8 @@ class HeadLaplace(ParametricLaplace):
 
     Raises:
         UnsupportedHeadError: The layer is of another kind.
-        ArgumentError: Another likelihood or structure; more than one prior precision; another of laplace-torch's arguments,
-            such as ``backend``, that would change nothing.
+        ArgumentError: Another likelihood or structure; more than one prior precision; a noise, temperature or prior precision
+            that is not finite and > 0; another of laplace-torch's arguments, such as ``backend``, that would change nothing.
     """
 
     def __init__(
@@ -78,6 +88,16 @@ class HeadLaplace(ParametricLaplace):
 
     def _init_H(self) -> None:
         self.H: Tensor | None = None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As usual; the noise, the temperature and the prior are looked at first."""
+        if name in ("sigma_noise", "temperature", "prior_precision") and not (
+            isinstance(value, Tensor) and value.numel() != 1
+        ):
+            check_positive(name, value.detach() if isinstance(value, Tensor) else value)
+        if name == "prior_mean" and not bool(torch.isfinite(torch.as_tensor(value)).all()):
+            raise ArgumentError(f"expected a finite prior_mean, got {value}")
+        super().__setattr__(name, value)
 
     @ParametricLaplace.prior_precision.setter
     def prior_precision(self, prior_precision: float | Tensor) -> None:
@@ -109,17 +129,20 @@ class HeadLaplace(ParametricLaplace):
         gram = torch.zeros(d, d, dtype=torch.float64, device=self._device)
         loss, count, outputs = 0.0, 0, 0
         for x, y in tqdm(train_loader, disable=not progress_bar, desc="fit"):
-            x, y = check_finite("features", x).to(self._device), check_finite("targets", y).to(self._device)
+            x = check_finite("features", x.detach()).to(self._device)
+            y = check_finite("targets", y.detach()).to(self._device)
             self.geometry.check(x)
             with torch.no_grad():
-                out = self.model(x)
+                out = self.model(x.to(self._dtype))
             if y.shape != out.shape:
                 raise ShapeError(f"expected targets {tuple(out.shape)}, as the layer's output, got {tuple(y.shape)}")
-            self.geometry.add_gram(x, gram)
+            for part in x.split(max(1, WORKED // max(1, x[:1].numel()))):
+                self.geometry.add_gram(part.double(), gram)
             loss += 0.5 * float((y - out).double().square().sum())
             count, outputs = count + len(x), outputs + y.numel()
         if count == 0:
             raise EmptyDataError("expected at least one batch to fit to, got none")
+        check_finite("sums of features", gram, "they are too large even for float64: scale the features")
         total = gram if self.structure == "full" else gram.diagonal().clone()
         self.mean = parameters_to_vector(self.params).detach()
         if before is not None:
@@ -155,11 +178,13 @@ class HeadLaplace(ParametricLaplace):
         key = (float(self._tau()), factor, self.n_data)
         if self._covariance is None or self._covariance[0] != key:
             assert self.H is not None
-            empty = self.H.new_zeros(0, self.geometry.out_channels, self.geometry.in_features)
-            tau = self._tau().to(self.H).expand(self.geometry.out_channels)
-            self._covariance = key, build(self.structure, "ggn", factor * self.H, empty, tau)
+            gram = self.H.detach().cpu()
+            empty = gram.new_zeros(0, self.geometry.out_channels, self.geometry.in_features)
+            tau = self._tau().to(gram).expand(self.geometry.out_channels)
+            self._covariance = key, build(self.structure, "ggn", factor * gram, empty, tau)
         return self._covariance[1]
 
+    @torch.no_grad()
     def __call__(
         self,
         x: Tensor,
@@ -203,19 +228,25 @@ class HeadLaplace(ParametricLaplace):
         self.geometry.check(x)
         check_finite("features", x)
         sigma = self._sigma()
-        inputs = x.to(torch.promote_types(x.dtype, torch.float32))
+        kept = torch.promote_types(x.dtype, torch.float32)
+        inputs = x.to(torch.float64 if self._amplified(sigma) else kept)
         weight = self._weight().to(inputs)
         if pred_type == "nn":
             check_int("n_samples", n_samples, least=2)
             mean, variance = monte_carlo(
                 self.geometry, inputs, weight, lambda k: sigma.draw(k, generator), n_samples, Identity()
             )
-            return mean, variance
-        mean = self.geometry.apply(inputs, weight[None])[0]
+            return mean.to(kept), variance.to(kept)
+        mean = self.geometry.apply(inputs, weight[None])[0].to(kept)
         if not diagonal_output:
-            return mean, self._joint(inputs)
+            return mean, self._joint(inputs).to(kept)
         parts = [None if v is None else v.to(inputs) for v in (sigma.rows, sigma.scales, sigma.diagonal)]
-        return mean, closed_variance(self.geometry, inputs, *parts)
+        return mean, closed_variance(self.geometry, inputs, *parts).to(kept)
+
+    def _amplified(self, sigma: Covariance) -> bool:
+        """Whether float32 has too few digits for δWφ."""
+        assert self.H is not None
+        return amplification(sigma, self.H.detach().cpu()) > AMPLIFIED
 
     def _joint(self, inputs: Tensor) -> Tensor:
         """The covariance between all outputs of each sample, in the order of ``output.flatten(1)``."""
@@ -285,9 +316,10 @@ class HeadLaplace(ParametricLaplace):
     ) -> Tensor:
         """Draws of the layer's output, ``(n_samples, B, …)``; both types are the same for a linear head."""
         check_choice("pred_type", pred_type, ("glm", "nn"))
-        inputs = check_finite("features", x).to(torch.promote_types(x.dtype, torch.float32))
+        kept = torch.promote_types(x.dtype, torch.float32)
+        inputs = check_finite("features", x.detach()).to(torch.float64 if self._amplified(self._sigma()) else kept)
         weights = self._weight() + self._sigma().draw(check_int("n_samples", n_samples, least=1), generator)
-        return self.geometry.apply(inputs, weights.to(inputs))
+        return self.geometry.apply(inputs, weights.to(inputs)).to(kept)
 
     predictive_samples = functional_samples
 

@@ -31,21 +31,34 @@ from bayesdiff.checks import (
     check_choice,
     check_finite,
     check_int,
+    check_number,
     check_positive,
 )
 from bayesdiff.gaussian import Gaussian
-from bayesdiff.head.find import Head, find_head
+from bayesdiff.head.find import Head, denoiser, find_head
 from bayesdiff.head.geometry import HeadGeometry
+from bayesdiff.head.identity import NetworkIdentity
 from bayesdiff.io import read_folder, write_folder
+from bayesdiff.laplace.covariance import AMPLIFIED, Covariance, amplification
 from bayesdiff.laplace.cut import cut
 from bayesdiff.laplace.evidence import evidence_prior_precision, log_evidence
 from bayesdiff.laplace.links import LINK_APPROXIMATIONS, Link, push_deviations
 from bayesdiff.laplace.links import link as find_link
 from bayesdiff.laplace.predictive import closed_variance, monte_carlo
 from bayesdiff.laplace.statistics import Statistics
-from bayesdiff.laplace.structure import COVARIANCES, STRUCTURES, TOLERANCE, Covariance, build
+from bayesdiff.laplace.structure import COVARIANCES, STRUCTURES, TOLERANCE, build
 
-FORMAT = 2
+FORMAT = 3
+#: Which covariances a structure may have.
+FORMS_OF = {
+    "full": ("channels", "joint", "fisher"), "kron": ("channels", "product", "spectral"), "diag": ("diagonal",),
+    "lowrank": ("channels", "joint"),
+}  # fmt: skip
+#: Plain values that are saved as they are.
+_SAVED = (
+    "structure", "covariance", "rank", "tolerance", "temperature", "log_likelihood", "num_timesteps", "num_images",
+    "dataset_size", "draws_per_image", "training_draws", "cut_share", "amplification",
+)  # fmt: skip
 
 
 def fingerprint(weight: Tensor) -> str:
@@ -53,7 +66,18 @@ def fingerprint(weight: Tensor) -> str:
     return hashlib.sha256(weight.detach().cpu().double().contiguous().numpy().tobytes()).hexdigest()
 
 
-@dataclass(frozen=True, eq=False)
+def _text(value: Any) -> str:
+    """A string as it is.
+
+    Raises:
+        TypeError: It is something else.
+    """
+    if not isinstance(value, str):
+        raise TypeError(f"expected text, got {value!r}")
+    return value
+
+
+@dataclass(frozen=True, eq=False, repr=False)
 class LaplacePosterior:
     r"""A Gaussian over the weights of a head, :math:`\mathcal N(W, \Sigma)`.
 
@@ -64,12 +88,9 @@ class LaplacePosterior:
         geometry: How features come from the layer's input.
         structure: ``"full"``, ``"kron"``, ``"diag"`` or ``"lowrank"``.
         covariance: ``"sandwich"``, ``"ggn"`` or ``"ef"``.
-        precision: A = Σ w φφᵀ, without the prior: ``(D, D)``; its diagonal ``(D,)`` for ``"diag"``. One for each channel,
-            ``(C, D, D)`` or ``(C, D)``, where the loss has another curvature in each.
+        sigma: Σ.
         spectrum: The eigenvalues of the GGN's (or the EF's) precision without the prior by channel, ``(1 or C, D)``: all that the
             evidence needs. Its diagonal for ``"diag"``.
-        scores: For ``"sandwich"`` and ``"ef"`` a matrix G with :math:`G^\top G = \sum_i g_i g_i^\top`, ``(R, C, D)``
-            (R = 1 and the diagonal's square root for ``"diag"``); empty for ``"ggn"``.
         prior_precision: τ: a number, or one for each channel ``(C,)``.
         weights: The weight of each timestep bin in A and in :math:`g_i`, ``(T,)``.
         noise_variance: :math:`\sigma_b^2` by timestep bin, ``(T,)``.
@@ -87,6 +108,12 @@ class LaplacePosterior:
         rank: r of ``"lowrank"``; None: as ``tolerance`` asks.
         tolerance: For ``"lowrank"``, the share of the mean predictive variance that may be left to the diagonal.
         temperature: Σ is multiplied by it (the posterior to the power 1/T; Wenzel et al. 2020).
+        network: What tells the network that it was fitted to from others; None: not known.
+        amplification: How many times larger the terms of δWφ are than their sum, where features are collinear or far from 0:
+            above :data:`~bayesdiff.laplace.covariance.AMPLIFIED` predictions are computed in float64, because float32 would
+            keep too few digits.
+        precision: A = Σ w φφᵀ, without the prior: ``(D, D)``; its diagonal ``(D,)`` for ``"diag"``. One for each channel,
+            ``(C, D, D)`` or ``(C, D)``, where the loss has another curvature in each. Not saved with it.
         statistics: The sums that it was cut from, for :meth:`recut`; not saved with it.
     """
 
@@ -94,9 +121,8 @@ class LaplacePosterior:
     geometry: HeadGeometry
     structure: str
     covariance: str
-    precision: Tensor
+    sigma: Covariance = field(repr=False)
     spectrum: Tensor
-    scores: Tensor
     prior_precision: float | Tensor
     weights: Tensor
     noise_variance: Tensor
@@ -112,22 +138,58 @@ class LaplacePosterior:
     rank: int | None = None
     tolerance: float = TOLERANCE
     temperature: float = 1.0
+    network: NetworkIdentity | None = field(default=None, repr=False)
+    amplification: float = 1.0
+    precision: Tensor | None = field(default=None, repr=False)
     statistics: Statistics | None = field(default=None, repr=False)
-    _sigma: Covariance = field(init=False, repr=False)
     _cache: dict[Any, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
+        def settle(name: str, value: Any) -> None:
+            object.__setattr__(self, name, value)
+
         check_choice("structure", self.structure, STRUCTURES)
         check_choice("covariance", self.covariance, COVARIANCES)
-        check_positive("temperature", self.temperature)
-        if self.rank is not None:
-            check_int("rank", self.rank, least=1)
-        elif not 0 <= self.tolerance < 1:
+        settle("temperature", check_positive("temperature", self.temperature))
+        settle("rank", None if self.rank is None else check_int("rank", self.rank, least=1))
+        settle("tolerance", check_number("tolerance", self.tolerance))
+        if not 0 <= self.tolerance < 1:
             raise ArgumentError(f"expected 0 <= tolerance < 1, got {self.tolerance}")
-        sigma = build(
-            self.structure, self.covariance, self.precision, self.scores, self._tau(), self.rank, self.tolerance
-        )
-        object.__setattr__(self, "_sigma", sigma)
+        for name in ("num_timesteps", "num_images", "dataset_size"):
+            settle(name, check_int(name, getattr(self, name), least=1))
+        for name in ("log_likelihood", "draws_per_image", "cut_share", "amplification"):
+            settle(name, check_number(name, getattr(self, name)))
+        if self.training_draws is not None:
+            settle("training_draws", check_positive("training_draws", self.training_draws))
+        tau = self._tau()
+        settle("prior_precision", float(tau[0]) if bool((tau == tau[0]).all()) else tau.clone())
+        self._check_shapes()
+
+    def _check_shapes(self) -> None:
+        """That all tensors are of this head, and finite.
+
+        Raises:
+            ShapeError, NonFiniteError: They are not.
+        """
+        c, d = self.geometry.out_channels, self.geometry.in_features
+        bins = len(self.noise_variance) if self.noise_variance.ndim == 1 else -1
+        shapes: dict[str, list[tuple[int, ...]]] = {
+            "mean": [(c, d)], "spectrum": [(1, d), (c, d)], "weights": [(bins,)], "noise_variance": [(bins,)],
+            "origins": [(0, 2), (bins, 2)],
+        }  # fmt: skip
+        for name, allowed in shapes.items():
+            value = getattr(self, name)
+            if tuple(value.shape) not in allowed or value.dtype != torch.float64:
+                raise ShapeError(
+                    f"expected {name} as float64 {' or '.join(map(str, allowed))}, got {value.dtype} {tuple(value.shape)}"
+                )
+            check_finite(name, value)
+        if self.sigma.shape != (c, d):
+            raise ShapeError(f"expected a covariance of {c} × {d} weights, got {self.sigma.shape}")
+        if self.sigma.form not in FORMS_OF[self.structure]:
+            raise ShapeError(f"expected a covariance for structure {self.structure!r}, got a {self.sigma.form} one")
+        for name, value in self.sigma.parts.items():
+            check_finite(f"{name} of the covariance", value)
 
     def _tau(self) -> Tensor:
         """τ by channel, ``(C,)`` float64."""
@@ -142,7 +204,7 @@ class LaplacePosterior:
     @property
     def approximation_error(self) -> float:
         """What the structure leaves out: see :class:`bayesdiff.laplace.structure.Covariance`."""
-        return self._sigma.approximation_error
+        return self.sigma.approximation_error
 
     @classmethod
     def from_statistics(
@@ -161,6 +223,7 @@ class LaplacePosterior:
         rank: int | None = None,
         tolerance: float = TOLERANCE,
         temperature: float = 1.0,
+        network: NetworkIdentity | None = None,
     ) -> LaplacePosterior:
         r"""Cut a posterior from statistics; no pass over the data.
 
@@ -184,6 +247,7 @@ class LaplacePosterior:
             rank: r of ``"lowrank"``; by default as many as ``tolerance`` asks.
             tolerance: The share of the mean predictive variance that ``"lowrank"`` may leave to its diagonal.
             temperature: Multiplies the covariance.
+            network: What tells the network that the statistics are of from others.
 
         Raises:
             EmptyDataError: The statistics are empty.
@@ -197,18 +261,26 @@ class LaplacePosterior:
             statistics, head.weight().cpu(), head.path, structure=structure, covariance=covariance,
             prior_precision=prior_precision, noise_variance=noise_variance, loss_weights=loss_weights,
             dataset_size=dataset_size, training_draws=training_draws, num_timesteps=num_timesteps, rank=rank, tolerance=tolerance,
-            temperature=temperature,
+            temperature=temperature, network=network,
         )  # fmt: skip
 
     @classmethod
     def _cut(
         cls, statistics: Statistics, mean: Tensor, head_path: str, *, num_timesteps: int, rank: int | None, tolerance: float,
-        temperature: float, **settings: Any,
+        temperature: float, network: NetworkIdentity | None = None, **settings: Any,
     ) -> LaplacePosterior:  # fmt: skip
+        check_positive("temperature", temperature)
+        if rank is not None:
+            check_int("rank", rank, least=1)
         parts = cut(statistics, mean, **settings)
+        sigma = build(
+            settings["structure"], settings["covariance"], parts["precision"], parts.pop("scores"), parts["prior_precision"],
+            rank, tolerance,
+        )  # fmt: skip
         return cls(
-            mean, statistics.geometry, settings["structure"], settings["covariance"], num_timesteps=num_timesteps,
-            head_path=head_path, rank=rank, tolerance=tolerance, temperature=temperature, statistics=statistics, **parts,
+            mean, statistics.geometry, settings["structure"], settings["covariance"], sigma, num_timesteps=num_timesteps,
+            head_path=head_path, rank=rank, tolerance=tolerance, temperature=temperature, statistics=statistics, network=network,
+            amplification=amplification(sigma, parts["precision"]), **parts,
         )  # fmt: skip
 
     def recut(self, **changes: Any) -> LaplacePosterior:
@@ -220,7 +292,8 @@ class LaplacePosterior:
                 those of its default unless ``loss_weights`` is given.
 
         Raises:
-            ArgumentError: The posterior was loaded from a file, which has no sums; or a setting is out of range.
+            ArgumentError: The posterior was loaded from a file, which has no sums; or a setting is out of range, or asks for what
+                the sums do not tell (sketched scores: :mod:`bayesdiff.laplace.statistics`).
         """
         if self.statistics is None:
             raise ArgumentError(
@@ -241,12 +314,26 @@ class LaplacePosterior:
         unknown = sorted(set(changes) - set(settings))
         if unknown:
             raise ArgumentError(f"expected settings among {', '.join(settings)}, got {', '.join(unknown)}")
-        return self._cut(self.statistics, self.mean, self.head_path, **(settings | changes))
+        return self._cut(self.statistics, self.mean, self.head_path, network=self.network, **(settings | changes))
 
     @property
     def fingerprint(self) -> str:
         """SHA-256 of the weights that the posterior was fitted around."""
         return fingerprint(self.mean)
+
+    def __repr__(self) -> str:
+        """One line, no tensors."""
+        c, d = self.mean.shape
+        tau = self.prior_precision if isinstance(self.prior_precision, float) else self.prior_precision.mean().item()
+        draws = "not given" if self.training_draws is None else f"{self.training_draws:.4g}"
+        return (
+            f"LaplacePosterior({self.structure} {self.covariance} of {c} × {d} weights of {self.head_path!r}, "
+            f"N = {self.dataset_size}, M {draws}, from {self.num_images} images × {self.draws_per_image:g} draws, τ = {tau:.3g})"
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what is only kept for the next call."""
+        return {**self.__dict__, "_cache": {}}
 
     def shares(self) -> list[dict[str, float]]:
         """Where the mean predictive variance comes from, by timestep bin.
@@ -284,7 +371,8 @@ class LaplacePosterior:
         The network may have been cast to a lower precision since.
 
         Raises:
-            HeadMismatchError: They are other weights, or a layer of another shape.
+            HeadMismatchError: They are other weights, in the head or, where that is known, anywhere in the network; or a layer
+                of another shape.
         """
         found = find_head(model, head or self.head_path)
         weight = found.weight().cpu()
@@ -301,11 +389,17 @@ class LaplacePosterior:
                 "posterior "
                 "was fitted to another network; fit it again with bayesdiff.fit"
             )
+        if self.network is not None:
+            self.network.check(denoiser(model, head or self.head_path))
         return found
+
+    def working(self, dtype: torch.dtype) -> torch.dtype:
+        """The dtype in which features of some dtype are worked with: float32 at least, and float64 where that is not enough."""
+        return torch.float64 if self.amplification > AMPLIFIED else torch.promote_types(dtype, torch.float32)
 
     def _placed(self, name: str, tensor: Tensor, like: Tensor) -> Tensor:
         """``tensor`` on the device and in the working dtype of ``like``, kept for the next call."""
-        dtype = torch.promote_types(like.dtype, torch.float32)
+        dtype = self.working(like.dtype)
         key = (name, like.device, dtype)
         if key not in self._cache:
             self._cache[key] = tensor.to(like.device, dtype)
@@ -328,25 +422,19 @@ class LaplacePosterior:
             NonFiniteError: They are NaN or infinite.
         """
         self.geometry.check(features)
-        x = features.to(torch.promote_types(features.dtype, torch.float32))
-        parts = {k: getattr(self._sigma, k) for k in ("rows", "scales", "diagonal")}
+        x = features.detach().to(self.working(features.dtype))
+        parts = {k: getattr(self.sigma, k) for k in ("rows", "scales", "diagonal")}
         placed = {k: None if v is None else self._placed(k, v, x) for k, v in parts.items()}
         variance = self.temperature * closed_variance(self.geometry, x, **placed)
         # What is not finite in the features is not finite here: so the large tensor need not be read twice.
         if not bool(torch.isfinite(variance).all()):
             check_finite("features", features)
             check_finite("variances", variance, "the features are too large for this dtype: use float64")
-        return variance
+        return variance.to(torch.promote_types(features.dtype, torch.float32))
 
     def weight_variance(self) -> Tensor:
         """The variance of each weight, the diagonal of Σ: ``(C, D)`` float64."""
-        sigma, total = self._sigma, torch.zeros_like(self.mean)
-        if sigma.rows is not None:
-            squares = sigma.rows.square()
-            total = total + (squares.sum(1) if sigma.scales is None else (sigma.scales[:, None] @ squares)[:, 0])
-        if sigma.diagonal is not None:
-            total = total + sigma.diagonal
-        return self.temperature * total
+        return self.temperature * self.sigma.variances()
 
     def predict(
         self,
@@ -382,7 +470,7 @@ class LaplacePosterior:
         self.geometry.check(features)
         check_finite("features", features)
         mean = self._placed("mean", self.mean, features)
-        x = features.to(mean.dtype)
+        x = features.detach().to(mean.dtype)
         if link_approx == "mc":
             check_int("n_samples", n_samples, least=2)
             return monte_carlo(self.geometry, x, mean, lambda k: self.deviations(k, generator), n_samples, chosen)
@@ -391,7 +479,7 @@ class LaplacePosterior:
             check_int("n_samples", n_samples, least=1)
             away = self.geometry.apply(x, self.deviations(n_samples, generator).to(mean))
             return push_deviations(chosen, output, away)
-        return chosen.moments(Gaussian(output, self.variance(features)), link_approx)
+        return chosen.moments(Gaussian(output, self.variance(x)), link_approx)
 
     def deviations(self, n: int, generator: Generator | None = None, *, orthogonal: bool = False) -> Tensor:
         r"""n draws of :math:`\delta W \sim \mathcal N(0, \Sigma)`: ``(n, C, D)`` float64, on the CPU.
@@ -407,7 +495,7 @@ class LaplacePosterior:
                 so they are not for the moments of what is not linear.
         """
         check_int("n", n, least=1)
-        return self._sigma.draw(n, generator, orthogonal) * math.sqrt(self.temperature)
+        return self.sigma.draw(n, generator, orthogonal) * math.sqrt(self.temperature)
 
     def sample(self, n: int, generator: Generator | None = None) -> Tensor:
         """n draws of the head's weights, bias as the last column: ``(n, C, D)`` float64, on the CPU."""
@@ -467,28 +555,17 @@ class LaplacePosterior:
             OutputFolderError: The folder cannot be written.
         """
         tensors = {
-            "mean": self.mean, "precision": self.precision, "spectrum": self.spectrum, "scores": self.scores,
-            "weights": self.weights, "noise_variance": self.noise_variance, "prior_precision": self._tau(),
-            "origins": self.origins,
+            "mean": self.mean, "spectrum": self.spectrum, "weights": self.weights, "noise_variance": self.noise_variance,
+            "prior_precision": self._tau(), "origins": self.origins,
+            **{f"sigma.{name}": value for name, value in self.sigma.parts.items()},
         }  # fmt: skip
+        if self.network is not None:
+            tensors["network"] = self.network.samples
         meta = {
-            "fingerprint": self.fingerprint,
-            "head": self.head_path,
-            "geometry": self.geometry.to_dict(),
-            "structure": self.structure,
-            "covariance": self.covariance,
-            "prior_precision": self._tau().unique().tolist(),
-            "rank": self.rank,
-            "tolerance": self.tolerance,
-            "temperature": self.temperature,
-            "log_likelihood": self.log_likelihood,
-            "num_timesteps": self.num_timesteps,
-            "num_images": self.num_images,
-            "dataset_size": self.dataset_size,
-            "draws_per_image": self.draws_per_image,
-            "training_draws": self.training_draws,
-            "cut_share": self.cut_share,
-        }
+            "fingerprint": self.fingerprint, "head": self.head_path, "geometry": self.geometry.to_dict(), "form": self.sigma.form,
+            "approximation_error": self.approximation_error, "network": None if self.network is None else self.network.layout,
+            **{name: getattr(self, name) for name in _SAVED},
+        }  # fmt: skip
         write_folder(folder, "posterior", FORMAT, tensors, meta)
 
     @classmethod
@@ -506,16 +583,20 @@ class LaplacePosterior:
         """
         tensors, meta = read_folder(folder, "posterior", FORMAT)
         try:
-            tau = tensors["prior_precision"]
+            parts = {k.removeprefix("sigma."): v for k, v in tensors.items() if k.startswith("sigma.")}
+            geometry = HeadGeometry.from_dict(meta["geometry"])
+            sigma = Covariance(
+                meta["form"], parts, (geometry.out_channels, geometry.in_features), float(meta["approximation_error"])
+            )
+            layout = meta["network"]
+            network = None if layout is None else NetworkIdentity(layout, tensors["network"])
             posterior = cls(
-                tensors["mean"], HeadGeometry.from_dict(meta["geometry"]), meta["structure"], meta["covariance"],
-                tensors["precision"], tensors["spectrum"], tensors["scores"],
-                float(tau[0]) if bool((tau == tau[0]).all()) else tau, tensors["weights"], tensors["noise_variance"],
-                meta["log_likelihood"], meta["num_timesteps"], meta["num_images"], meta["dataset_size"], meta["head"],
-                meta["draws_per_image"], meta["training_draws"], tensors["origins"], meta["cut_share"], meta["rank"],
-                meta["tolerance"], meta["temperature"],
+                mean=tensors["mean"], geometry=geometry, sigma=sigma, spectrum=tensors["spectrum"],
+                prior_precision=tensors["prior_precision"], weights=tensors["weights"],
+                noise_variance=tensors["noise_variance"], origins=tensors["origins"], head_path=_text(meta["head"]),
+                network=network, **{name: meta[name] for name in _SAVED},
             )  # fmt: skip
-        except (KeyError, TypeError, ValueError, IndexError) as error:
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError) as error:
             raise PosteriorFileError(
                 f"expected a posterior saved by LaplacePosterior.save in {str(folder)!r}, got "
                 f"{type(error).__name__}: {error}"

@@ -15,20 +15,33 @@ squares.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bayesdiff.checks import ArgumentError, EmptyDataError, ShapeError, check_finite, check_int
+from bayesdiff.checks import ArgumentError, EmptyDataError, PosteriorFileError, ShapeError, check_finite, check_int
 from bayesdiff.head.geometry import HeadGeometry
 from bayesdiff.io import read_folder, write_folder
 from bayesdiff.laplace.loss import Loss, Squares, as_loss, from_dict, to_dict
+from bayesdiff.laplace.sketch import Sketch
 from bayesdiff.laplace.training import Scores
 
-FORMAT = 2
+FORMAT = 3
+_SKETCH = ("means", "deviations", "counts")
+REFIT = "fit with sketch=None for that"
+#: Numbers of features that are worked on at once, in float64.
+WORKED = 2**22
 _SUMS = ("gram", "squared_residuals", "positions", "curvatures", "squared_scores")
+
+
+@contextmanager
+def _plain() -> Iterator[None]:
+    """Sums are neither part of a graph nor of inference mode, whatever the network was run under."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 class Statistics:
@@ -40,6 +53,9 @@ class Statistics:
         device: Where the sums are kept; float64.
         loss: The loss that the network was trained with: a name, or an object of :mod:`bayesdiff.laplace.loss`.
         weighted: Whether each draw comes with a weight of its own, as a function of t gives it.
+        sketch: R, to keep random mixtures of the images' gradients instead of all of them (:mod:`bayesdiff.laplace.sketch`):
+            memory does not grow with the images, variances have a relative error of √(2/R). Then draws of one image must be added
+            before :meth:`settle`, bins have one weight in the loss, and there is no ``"ef"``. None: all are kept.
 
     Attributes:
         gram: :math:`\sum \varphi\varphi^\top` by bin, ``(T, D, D)``.
@@ -58,15 +74,21 @@ class Statistics:
         *,
         loss: str | Loss = "squares",
         weighted: bool = False,
+        sketch: int | None = None,
     ) -> None:
         self.geometry = geometry
-        self.num_bins = check_int("num_bins", num_bins, least=1)
-        self.loss, self.weighted = as_loss(loss), weighted
-        d, c = geometry.in_features, geometry.out_channels
+        self.num_bins = num_bins = check_int("num_bins", num_bins, least=1)
+        self.loss, self.weighted = as_loss(loss), bool(weighted)
+        with _plain():
+            self._empty(device)
+            self._sketch = None if sketch is None else self._started(check_int("sketch", sketch, least=2))
+
+    def _empty(self, device: torch.device | str) -> None:
+        num_bins, d, c = self.num_bins, self.geometry.in_features, self.geometry.out_channels
         self.gram = torch.zeros(num_bins, d, d, dtype=torch.float64, device=device)
         self.squared_residuals = torch.zeros(num_bins, c, dtype=torch.float64, device=device)
         self.positions = torch.zeros(num_bins, dtype=torch.float64, device=device)
-        plain = isinstance(self.loss, Squares) and not weighted
+        plain = isinstance(self.loss, Squares) and not self.weighted
         self.curvature = None if plain else torch.zeros_like(self.gram)
         self.curvatures = torch.zeros_like(self.squared_residuals)
         self.squared_scores = torch.zeros_like(self.squared_residuals)
@@ -100,6 +122,12 @@ class Statistics:
             NonFiniteError: Features or residuals are NaN or infinite.
             ShapeError: The shapes don't fit.
         """
+        with _plain():
+            self._update(inputs, residuals, bins, images, rows, weights)
+
+    def _update(
+        self, inputs: Tensor, residuals: Tensor, bins: Tensor, images: Tensor, rows: Tensor | None, weights: Tensor | None
+    ) -> None:  # fmt: skip
         count = len(bins) if rows is None else len(rows)
         if not len(inputs) == len(residuals) == count or len(bins) != len(images):
             raise ShapeError(
@@ -115,25 +143,61 @@ class Statistics:
         if weights is not None and weights.shape != bins.shape:
             raise ShapeError(f"expected one weight for each of {len(bins)} draws, got {tuple(weights.shape)}")
         hint = "the network overflows in this dtype: use bfloat16 or float32"
-        dtype, device = torch.promote_types(inputs.dtype, torch.float32), self.gram.device
-        x = check_finite("features", inputs, hint).to(device, dtype)
-        r = check_finite("residuals", residuals, hint).to(device, dtype)
-        bins, images = bins.to(device), images.to(device)
-        channel = 1 if self.geometry.kind == "conv" else -1
-        by_channel = r.movedim(channel, 1).reshape(len(r), self.geometry.out_channels, -1)  # (B, C, P)
+        device = self.gram.device
+        x, r = check_finite("features", inputs, hint).to(device), check_finite("residuals", residuals, hint).to(device)
+        bins, images = (v.to(device, torch.int64, copy=True) for v in (bins, images))
+        if len(bins) and not 0 <= int(bins.min()) <= int(bins.max()) < self.num_bins:
+            raise ArgumentError(
+                f"expected bins from 0 to {self.num_bins - 1}, got {int(bins.min())} to {int(bins.max())}"
+            )
         rows = torch.arange(len(bins), device=device) if rows is None else rows.to(device)
         by_row = bins[rows]
-        for b in by_row.unique().tolist():
-            chosen = by_row == b
-            self.geometry.add_gram(x if bool(chosen.all()) else x[chosen], self.gram[b])
-        self.squared_residuals.index_add_(0, by_row, by_channel.square().sum(2, dtype=torch.float64))
-        ones = torch.full((len(by_row),), float(by_channel.shape[2]), dtype=torch.float64, device=device)
-        self.positions.index_add_(0, by_row, ones)
-        r = self._add_curvature(x, r, by_channel, by_row, None if weights is None else weights.to(r)[rows])
-        scores = self.geometry.outer(x, r).double()
-        self._scores.append(scores.new_zeros(len(bins), *scores.shape[1:]).index_add_(0, rows, scores))
+        scores = self.gram.new_zeros(len(bins), self.geometry.out_channels, self.geometry.in_features)
+        for part in torch.arange(len(x), device=device).split(max(1, WORKED // max(1, x[:1].numel()))):
+            of_row = None if weights is None else weights.to(device)[rows[part]]
+            scores.index_add_(0, rows[part], self._add_rows(x[part].double(), r[part].double(), by_row[part], of_row))
+        self._scores.append(scores)
         self._score_images.append(images)
         self._score_bins.append(bins)
+
+    def _started(self, rows: int) -> Sketch:
+        return Sketch.empty(rows, self.gram.new_zeros(self.geometry.out_channels, self.geometry.in_features))
+
+    @property
+    def sketch(self) -> int | None:
+        """R of sketched gradients, or None."""
+        return None if self._sketch is None else self._sketch.rows
+
+    @property
+    def score_bytes(self) -> int:
+        """What the gradients of single draws take."""
+        return sum(s.numel() * s.element_size() for s in self._scores)
+
+    def settle(self, sketch: int | None = None) -> None:
+        """No more draws will come of the images so far: where gradients are sketched, theirs are put into the sketch.
+
+        Args:
+            sketch: R, to begin to sketch now.
+        """
+        with _plain():
+            if self._sketch is None and sketch is not None:
+                self._sketch = self._started(check_int("sketch", sketch, least=2))
+            if self._sketch is None or not self._scores:
+                return
+            self._sketch.add(torch.cat(self._scores), torch.cat(self._score_images))
+            self._scores, self._score_images, self._score_bins = [], [], []
+
+    def _add_rows(self, x: Tensor, r: Tensor, bins: Tensor, weights: Tensor | None) -> Tensor:
+        """Add rows of inputs to the sums; their scores. In float64: collinear features leave float32 too few digits."""
+        channel = 1 if self.geometry.kind == "conv" else -1
+        by_channel = r.movedim(channel, 1).reshape(len(r), self.geometry.out_channels, -1)  # (B, C, P)
+        for b in bins.unique().tolist():
+            chosen = bins == b
+            self.geometry.add_gram(x if bool(chosen.all()) else x[chosen], self.gram[b])
+        self.squared_residuals.index_add_(0, bins, by_channel.square().sum(2))
+        self.positions.index_add_(0, bins, by_channel.new_full(bins.shape, float(by_channel.shape[2])))
+        r = self._add_curvature(x, r, by_channel, bins, None if weights is None else weights.to(r))
+        return self.geometry.outer(x, r)
 
     def _add_curvature(self, x: Tensor, r: Tensor, by_channel: Tensor, bins: Tensor, weights: Tensor | None) -> Tensor:
         """Add the curvature of the loss; returns wψ(r), shaped as r. All by row of the inputs."""
@@ -167,7 +231,7 @@ class Statistics:
         Raises:
             ShapeError: They belong to another head or have other bins.
             ArgumentError: They are of another loss; or ``same_images``, and some draws are the very same: both fits had the
-                same seed.
+                same seed; or ``same_images`` where gradients are sketched; or sketches of different sizes.
         """
         if other.geometry != self.geometry or other.num_bins != self.num_bins:
             raise ShapeError(
@@ -179,6 +243,8 @@ class Statistics:
                 f"expected statistics of the loss {self.loss}, weighted={self.weighted}, got {other.loss}, "
                 f"weighted={other.weighted}"
             )
+        if self.sketch is not None or other.sketch is not None:
+            return self._merge_sketches(other, same_images)
         shift = 0
         if not same_images and self._scores and other._scores:
             shift = 1 + int(torch.cat(self._score_images).max()) - min(0, int(torch.cat(other._score_images).min()))
@@ -187,6 +253,38 @@ class Statistics:
                 "expected other draws of the same images, got some of the very same: give each fit a generator "
                 "with a seed of its own"
             )
+        with _plain():
+            self._add(other, shift)
+        return self
+
+    def _merge_sketches(self, other: Statistics, same_images: bool) -> Statistics:
+        if same_images:
+            raise ArgumentError(
+                "expected statistics that keep all gradients for same_images=True, got sketched ones, whose images cannot be "
+                "told apart: fit with sketch=None, or with more draws_per_image at once"
+            )
+        if None not in (self.sketch, other.sketch) and self.sketch != other.sketch:
+            raise ArgumentError(f"expected a sketch of {self.sketch} rows, as here, got {other.sketch}")
+        rows = self.sketch or other.sketch
+        self.settle(rows)
+        with _plain():
+            theirs = other._started(rows or 0) if other._sketch is None else other._sketch
+            if other._scores:
+                theirs = Sketch(theirs.means, theirs.deviations, theirs.counts)
+                theirs.add(torch.cat(other._scores), torch.cat(other._score_images))
+            assert self._sketch is not None
+            self._sketch.merge(theirs)
+            self._add_sums(other)
+        return self
+
+    def _add(self, other: Statistics, shift: int) -> None:
+        self._add_sums(other)
+        device = self.gram.device
+        self._scores += [s.to(device) for s in other._scores]
+        self._score_images += [s.to(device) + shift for s in other._score_images]
+        self._score_bins += [s.to(device) for s in other._score_bins]
+
+    def _add_sums(self, other: Statistics) -> None:
         self.gram += other.gram.to(self.gram)
         if self.curvature is not None and other.curvature is not None:
             self.curvature += other.curvature.to(self.gram)
@@ -194,11 +292,6 @@ class Statistics:
         self.squared_scores += other.squared_scores.to(self.gram)
         self.squared_residuals += other.squared_residuals.to(self.gram)
         self.positions += other.positions.to(self.gram)
-        device = self.gram.device
-        self._scores += [s.to(device) for s in other._scores]
-        self._score_images += [s.to(device) + shift for s in other._score_images]
-        self._score_bins += [s.to(device) for s in other._score_bins]
-        return self
 
     def _draws(self) -> set[tuple[int, float]]:
         """Image and squared score of each draw: no two draws have the same by chance."""
@@ -211,12 +304,13 @@ class Statistics:
     @property
     def num_images(self) -> int:
         """n: how many different images the draws come from."""
-        return int(torch.cat(self._score_images).unique().numel()) if self._score_images else 0
+        pending = int(torch.cat(self._score_images).unique().numel()) if self._score_images else 0
+        return pending + (0 if self._sketch is None else len(self._sketch.counts))
 
     @property
     def num_draws(self) -> int:
         """How many (image, timestep, noise) draws were added."""
-        return sum(len(s) for s in self._scores)
+        return sum(len(s) for s in self._scores) + (0 if self._sketch is None else int(self._sketch.counts.sum()))
 
     @property
     def trained_channels(self) -> int:
@@ -276,7 +370,12 @@ class Statistics:
 
         Raises:
             EmptyDataError: No draws were added.
+            ArgumentError: The gradients are sketched.
         """
+        if self._sketch is not None:
+            raise ArgumentError(
+                f"expected statistics that keep all gradients, got a sketch of {self.sketch} rows: {REFIT}"
+            )
         if not self._scores:
             raise EmptyDataError("expected at least one image to fit to, got none")
         _, rows = torch.cat(self._score_images).unique(return_inverse=True)
@@ -284,7 +383,22 @@ class Statistics:
         return torch.cat(self._scores) * by_draw[:, None, None], rows
 
     def scores_by_image(self, weights: Tensor) -> Scores:
-        """Means and deviations of each image's draws: see :mod:`bayesdiff.laplace.training`."""
+        """Means and deviations of each image's draws: see :mod:`bayesdiff.laplace.training`.
+
+        Raises:
+            EmptyDataError: No draws were added.
+            ArgumentError: The gradients are sketched, and the weights differ between bins.
+        """
+        if self._sketch is not None:
+            self.settle()
+            if not len(self._sketch.counts):
+                raise EmptyDataError("expected at least one image to fit to, got none")
+            if not bool((weights == weights[0]).all()):
+                raise ArgumentError(
+                    f"expected one weight for all timestep bins, as sketched gradients have, got {len(weights.unique())}: they "
+                    f'were mixed over the bins, so neither covariance "ef" nor loss_weights by bin can be cut from them; {REFIT}'
+                )
+            return self._sketch.scores(float(weights[0]))
         return Scores.of(*self.draw_scores(weights))
 
     def image_scores(self, weights: Tensor) -> Tensor:
@@ -293,6 +407,10 @@ class Statistics:
         Raises:
             EmptyDataError: No draws were added.
         """
+        if (
+            self._sketch is not None
+        ):  # the same sums of squares; an image with fewer draws counts as one with the mean number
+            return self.scores_by_image(weights).means * (self.num_draws / self.num_images)
         scores, rows = self.draw_scores(weights)
         return scores.new_zeros(self.num_images, *scores.shape[1:]).index_add_(0, rows, scores)
 
@@ -303,11 +421,18 @@ class Statistics:
 
     def meta(self) -> dict[str, Any]:
         """What the sums are of, as JSON has it."""
-        return {"geometry": self.geometry.to_dict(), "loss": to_dict(self.loss), "weighted": self.weighted}
+        return {
+            "geometry": self.geometry.to_dict(),
+            "loss": to_dict(self.loss),
+            "weighted": self.weighted,
+            "sketch": self.sketch,
+        }
 
     def sums(self) -> dict[str, Tensor]:
         """What is of one size however many draws there are."""
         out = {name: getattr(self, name) for name in _SUMS}
+        if self._sketch is not None:
+            out |= {f"sketch.{name}": getattr(self._sketch, name) for name in _SKETCH}
         return out if self.curvature is None else {**out, "curvature": self.curvature}
 
     def draws_since(self, batch: int) -> dict[str, Tensor]:
@@ -328,7 +453,20 @@ class Statistics:
             weighted=meta["weighted"],
         )  # fmt: skip
         for name in _SUMS if out.curvature is None else (*_SUMS, "curvature"):
-            setattr(out, name, sums[name].to(device))
+            setattr(out, name, _fitting(name, sums[name], getattr(out, name).shape).to(device))
+        shape = (out.geometry.out_channels, out.geometry.in_features)
+        rows = meta.get("sketch")
+        if rows is not None:
+            means, deviations = (_fitting(n, sums[f"sketch.{n}"], (rows, *shape)).to(device) for n in _SKETCH[:2])
+            counts = sums["sketch.counts"]
+            out._sketch = Sketch(means, deviations, _fitting("counts", counts, (len(counts),)))
+        for part in draws:
+            n = len(part["scores"])
+            _fitting("scores", part["scores"], (n, *shape))
+            for name in ("images", "bins"):
+                _fitting(name, part[name], (n,), torch.int64)
+            if n and not 0 <= int(part["bins"].min()) <= int(part["bins"].max()) < out.num_bins:
+                raise ShapeError(f"expected bins from 0 to {out.num_bins - 1}, got others")
         out._scores, out._score_images, out._score_bins = (
             [part[k].to(device) for part in draws] for k in ("scores", "images", "bins")
         )
@@ -341,8 +479,9 @@ class Statistics:
             OutputFolderError: The folder cannot be written.
             EmptyDataError: There are no draws.
         """
-        if not self._scores:
+        if not self.num_draws:
             raise EmptyDataError("expected at least one image to save the sums of, got none")
+        self.settle()
         tensors = {**self.sums(), **self.draws_since(0)}
         write_folder(folder, "statistics", FORMAT, tensors, self.meta())
 
@@ -354,4 +493,20 @@ class Statistics:
             PosteriorFileError: A file is missing, damaged, truncated or of an unknown version.
         """
         tensors, meta = read_folder(folder, "statistics", FORMAT)
-        return cls.from_state(meta, tensors, [tensors], device)
+        try:
+            return cls.from_state(meta, tensors, [tensors] if "scores" in tensors else [], device)
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError) as error:
+            raise PosteriorFileError(
+                f"expected what Statistics.save wrote in {str(folder)!r}, got {type(error).__name__}: {error}"
+            ) from error
+
+
+def _fitting(name: str, value: Tensor, shape: Sequence[int], dtype: torch.dtype = torch.float64) -> Tensor:
+    """A tensor of a file, if it has the shape and dtype that it should have and finite numbers.
+
+    Raises:
+        ShapeError, NonFiniteError: It has not.
+    """
+    if tuple(value.shape) != tuple(shape) or value.dtype != dtype:
+        raise ShapeError(f"expected {name} as {dtype} {tuple(shape)}, got {value.dtype} {tuple(value.shape)}")
+    return check_finite(name, value)

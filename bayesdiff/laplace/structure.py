@@ -15,54 +15,26 @@ directions of Σ that carry most of the mean predictive variance :math:`\mathrm{
 what they leave, that carries the rest: a share s. So the mean predictive variance over the features fitted to is exact, and the
 mean absolute error at most 2s of it. The diagonal unscaled, which ignores that features are correlated, would be far too large.
 
-Prediction needs each channel's Σ_c only, as :math:`R_c^\top \mathrm{diag}(v_c) R_c + \mathrm{diag}(d_c)`: then
-:math:`\varphi^\top\Sigma_c\varphi` is a sum of squares and never negative. Draws are joint over the channels where Σ is.
+What is kept of each is :mod:`bayesdiff.laplace.covariance`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
 from bayesdiff.checks import ArgumentError, NotPositiveDefiniteError
-from bayesdiff.rng import normal, orthogonal_normal
+from bayesdiff.laplace.covariance import Covariance
 
 STRUCTURES = ("full", "kron", "diag", "lowrank")
 COVARIANCES = ("sandwich", "ggn", "ef")
 KRON_ITERATIONS = 30
+#: The power method of ``kron`` ends where B moves by less, relative.
+KRON_CHANGE = 1e-9
+#: Features that its first iterations are done in, mixed at random from all; the last ones have all.
+KRON_MIXED = 128
 #: The share of the mean predictive variance that a low-rank covariance leaves to its diagonal, unless a rank is given.
 TOLERANCE = 0.01
-#: Makes standard normal numbers of a shape; the first dimension is that of the draws.
-Noise = Callable[[tuple[int, ...]], Tensor]
-
-
-@dataclass(frozen=True, eq=False)
-class Covariance:
-    r"""Σ, by channel for prediction and jointly for draws.
-
-    Args:
-        rows: R, ``(1 or C, rows, D)``; one for all channels, or one for each. None: there is only the diagonal.
-        scales: v ≥ 0, ``(C, rows)``; None is 1.
-        diagonal: d ≥ 0, ``(1 or C, D)``; None is 0.
-        transform: n and a source of standard normal numbers to n draws of δW ~ N(0, Σ), ``(n, C, D)`` float64; linear in the
-            numbers.
-        approximation_error: For ``kron`` the relative Frobenius distance to the matrix of gradients; for ``lowrank`` the
-            share of the mean predictive variance that the diagonal carries; 0 for the others.
-    """
-
-    rows: Tensor | None
-    scales: Tensor | None
-    diagonal: Tensor | None
-    transform: Callable[[int, Noise], Tensor]
-    approximation_error: float = 0.0
-
-    def draw(self, n: int, generator: Generator | None = None, orthogonal: bool = False) -> Tensor:
-        """n draws of δW, ``(n, C, D)`` float64; see :meth:`bayesdiff.LaplacePosterior.deviations`."""
-        source = orthogonal_normal if orthogonal else normal
-        return self.transform(n, lambda shape: source(shape, generator))
 
 
 def build(
@@ -120,11 +92,10 @@ def build(
     if structure == "kron":
         channels, features, error = nearest_kronecker(scores)
         return _spectral(channels, features, tau, error)
-    solve = _Fisher(scores, tau)
-    factors = torch.stack([_triangular(solve.block(i)) for i in range(c)])
-    return _lowrank(factors, c, precision, rank, tolerance) if structure == "lowrank" else Covariance(
-        factors, None, None, solve.draw
-    )  # fmt: skip
+    parts = _fisher(scores, tau)
+    if structure == "lowrank":
+        return _lowrank(parts["factors"], c, precision, rank, tolerance)
+    return Covariance("fisher", parts, (c, scores.shape[2]))
 
 
 def nearest_kronecker(scores: Tensor) -> tuple[Tensor, Tensor, float]:
@@ -144,17 +115,28 @@ def nearest_kronecker(scores: Tensor) -> tuple[Tensor, Tensor, float]:
     flat = scores.flatten(1)
     rows = flat if n <= flat.shape[1] else flat.T
     norm = float((rows @ rows.T).square().sum())
-    features = torch.zeros(d, d, dtype=scores.dtype, device=scores.device)
-    for _ in range(1 if c == 1 else KRON_ITERATIONS):
-        mixed = torch.einsum("ncd,ce->ned", scores, channels).flatten(0, 1)
-        features = mixed.T @ scores.flatten(0, 1) / channels.square().sum()
-        fresh = torch.einsum("ncd,ned->ce", scores @ features, scores) / features.square().sum()
-        channels = fresh * (c / fresh.trace())
+    if c > 1:
+        if d > 4 * KRON_MIXED:  # a start that is nearly right, for less
+            mix = torch.randn(d, KRON_MIXED, generator=torch.Generator().manual_seed(0), dtype=scores.dtype)
+            channels = _iterated(scores @ mix.to(scores.device), channels)
+        channels = _iterated(scores, channels)
     # The last A_g belongs to the last B before; one more half step makes the pair consistent.
     mixed = torch.einsum("ncd,ce->ned", scores, channels).flatten(0, 1)
     features = mixed.T @ scores.flatten(0, 1) / channels.square().sum()
     inner = float(channels.square().sum() * features.square().sum())
     return (channels + channels.T) / 2, (features + features.T) / 2, max(0.0, 1 - inner / norm) ** 0.5
+
+
+def _iterated(scores: Tensor, channels: Tensor) -> Tensor:
+    """B, from a start, by the power method."""
+    for _ in range(KRON_ITERATIONS):
+        mixed = torch.einsum("ncd,ce->ned", scores, channels).flatten(0, 1)
+        features = mixed.T @ scores.flatten(0, 1) / channels.square().sum()
+        fresh = torch.einsum("ncd,ned->ce", scores @ features, scores) / features.square().sum()
+        before, channels = channels, fresh * (len(channels) / fresh.trace())
+        if float((channels - before).norm()) <= KRON_CHANGE * float(channels.norm()):
+            break
+    return channels
 
 
 def _diag(covariance: str, precision: Tensor, scores: Tensor, prior: Tensor) -> Covariance:
@@ -165,43 +147,29 @@ def _diag(covariance: str, precision: Tensor, scores: Tensor, prior: Tensor) -> 
         inverse = 1 / (precision + prior[:, None])
         variances = inverse if covariance == "ggn" else squares * inverse.square()
 
-    def draw(n: int, noise: Noise) -> Tensor:
-        return noise((n, *variances.shape)) * variances.sqrt()
-
     same = bool((variances == variances[:1]).all())
-    return Covariance(None, None, variances[:1] if same else variances, draw)
+    return Covariance(
+        "diagonal", {"variances": variances[:1] if same else variances}, (len(variances), variances.shape[1])
+    )
 
 
 def _channelwise(factors: Tensor, channels: int) -> Covariance:
     """Independent channels with Σ_c = F_cᵀF_c; factors ``(1 or C, R, D)``."""
-
-    def draw(n: int, noise: Noise) -> Tensor:
-        return torch.einsum("ncr,crd->ncd", noise((n, channels, factors.shape[1])), _each(factors, channels))
-
-    return Covariance(factors, None, None, draw)
+    return Covariance("channels", {"factors": factors}, (channels, factors.shape[2]))
 
 
 def _joint(root: Tensor) -> Covariance:
     """Σ = JᵀJ over all channels, J ``(R, C, D)``."""
-    rows = root.movedim(1, 0)
-    if rows.shape[1] > rows.shape[2]:
-        rows = torch.linalg.qr(rows, mode="r").R
-
-    def draw(n: int, noise: Noise) -> Tensor:
-        return (noise((n, len(root))) @ root.flatten(1)).unflatten(1, root.shape[1:])
-
-    return Covariance(rows.contiguous(), None, None, draw)
+    parts = {"root": root}
+    if root.shape[0] > root.shape[2]:
+        parts["rows"] = torch.linalg.qr(root.movedim(1, 0), mode="r").R
+    return Covariance("joint", parts, (root.shape[1], root.shape[2]))
 
 
 def _product(rows: Tensor, channels: Tensor, error: float) -> Covariance:
     """Σ = B ⊗ RᵀR."""
-    mix = _root(channels).T
-
-    def draw(n: int, noise: Noise) -> Tensor:
-        return mix @ (noise((n, len(channels), len(rows))) @ rows)
-
-    scales = channels.diagonal()[:, None].expand(-1, len(rows)).contiguous()
-    return Covariance(rows[None], scales, None, draw, error)
+    parts = {"features": rows, "mix": _root(channels).T.contiguous()}
+    return Covariance("product", parts, (len(channels), rows.shape[1]), error)
 
 
 def _spectral(channels: Tensor, features: Tensor, tau: float, error: float) -> Covariance:
@@ -210,43 +178,24 @@ def _spectral(channels: Tensor, features: Tensor, tau: float, error: float) -> C
     lambda_d, q_d = torch.linalg.eigh(features)
     # Both are positive semidefinite; below 0 only by rounding.
     inverse = 1 / (lambda_c.clamp(min=0)[:, None] * lambda_d.clamp(min=0) + tau)
-
-    def draw(n: int, noise: Noise) -> Tensor:
-        return q_c @ (noise((n, *inverse.shape)) * inverse.sqrt()) @ q_d.T
-
-    return Covariance(q_d.T[None].contiguous(), q_c.square() @ inverse, None, draw, error)
+    return Covariance("spectral", {"channels": q_c, "features": q_d, "variances": inverse}, (len(q_c), len(q_d)), error)
 
 
-class _Fisher:
-    """(GᵀG + τI)⁻¹ over all C·D weights: by blocks and by draws, and nowhere as a whole if G has fewer rows than that."""
-
-    def __init__(self, scores: Tensor, tau: float) -> None:
-        self.scores, self.tau = scores, tau
-        g = scores.flatten(1)
-        self.dense: Tensor | None = None
-        if len(g) >= g.shape[1]:
-            eye = torch.eye(g.shape[1], dtype=g.dtype, device=g.device)
-            self.dense = torch.cholesky_inverse(_cholesky(g.T @ g + tau * eye))
-            self.half = g
-        else:  # Woodbury: Σ = (I − Bᵀ B)/τ, B = L⁻¹G, LLᵀ = τI + GGᵀ
-            eye = torch.eye(len(g), dtype=g.dtype, device=g.device)
-            self.half = torch.linalg.solve_triangular(_cholesky(g @ g.T + tau * eye), g, upper=False)
-
-    def block(self, channel: int) -> Tensor:
-        """Σ_cc, ``(D, D)``."""
-        d = self.scores.shape[2]
-        part = slice(channel * d, (channel + 1) * d)
-        if self.dense is not None:
-            return self.dense[part, part]
-        b = self.half[:, part]
-        return (torch.eye(d, dtype=b.dtype, device=b.device) - b.T @ b) / self.tau
-
-    def draw(self, n: int, noise: Noise) -> Tensor:
-        """Σ(Gᵀz + √τ z') has the covariance Σ(GᵀG + τI)Σ = Σ."""
-        g = self.scores.flatten(1)
-        z = noise((n, len(g))) @ g + self.tau**0.5 * noise((n, g.shape[1]))
-        out = z @ self.dense if self.dense is not None else (z - (z @ self.half.T) @ self.half) / self.tau
-        return out.unflatten(1, self.scores.shape[1:])
+def _fisher(scores: Tensor, tau: float) -> dict[str, Tensor]:
+    """(GᵀG + τI)⁻¹ over all C·D weights: factors of its diagonal blocks, and what draws need; never whole if G has few rows."""
+    c, d = scores.shape[1:]
+    g = scores.flatten(1)
+    parts = {"scores": scores, "tau": torch.tensor([tau], dtype=torch.float64)}
+    if len(g) >= g.shape[1]:
+        eye = torch.eye(g.shape[1], dtype=g.dtype, device=g.device)
+        inverse = parts["inverse"] = torch.cholesky_inverse(_cholesky(g.T @ g + tau * eye))
+        blocks = [inverse[i : i + d, i : i + d] for i in range(0, c * d, d)]
+    else:  # Woodbury: Σ = (I − Bᵀ B)/τ, B = L⁻¹G, LLᵀ = τI + GGᵀ
+        eye = torch.eye(len(g), dtype=g.dtype, device=g.device)
+        half = parts["half"] = torch.linalg.solve_triangular(_cholesky(g @ g.T + tau * eye), g, upper=False)
+        one = torch.eye(d, dtype=g.dtype, device=g.device)
+        blocks = [(one - half[:, i : i + d].T @ half[:, i : i + d]) / tau for i in range(0, c * d, d)]
+    return {**parts, "factors": torch.stack([_triangular(block) for block in blocks])}
 
 
 def _kept(energies: Tensor, rank: int | None, tolerance: float) -> tuple[int, float]:
@@ -279,11 +228,7 @@ def _lowrank(factors: Tensor, channels: int, metric: Tensor, rank: int | None, t
         factors.square().sum(1) - rows.square().sum(1), _energy(factors, metric) - _energy(rows, metric), metric
     )
 
-    def draw(n: int, noise: Noise) -> Tensor:
-        z, y = noise((n, channels, number)), noise((n, channels, rows.shape[2]))
-        return torch.einsum("ncr,crd->ncd", z, _each(rows, channels)) + y * rest.sqrt()
-
-    return Covariance(rows.contiguous(), None, rest, draw, left)
+    return Covariance("channels", {"factors": rows.contiguous(), "rest": rest}, (channels, rows.shape[2]), left)
 
 
 def _joint_lowrank(root: Tensor, metric: Tensor, rank: int | None, tolerance: float) -> Covariance:
@@ -297,15 +242,7 @@ def _joint_lowrank(root: Tensor, metric: Tensor, rank: int | None, tolerance: fl
         root.square().sum(0) - rows.square().sum(0), _energy(by_channel, metric) - _energy(kept, metric), metric
     )
 
-    def draw(n: int, noise: Noise) -> Tensor:
-        z, y = noise((n, number)), noise((n, *rest.shape))
-        return torch.einsum("nk,kcd->ncd", z, rows) + y * rest.sqrt()
-
-    return Covariance(rows.movedim(1, 0).contiguous(), None, rest, draw, left)
-
-
-def _each(factors: Tensor, channels: int) -> Tensor:
-    return factors.expand(channels, *factors.shape[1:])
+    return Covariance("joint", {"root": rows.contiguous(), "rest": rest}, (rows.shape[1], rows.shape[2]), left)
 
 
 def _cholesky(matrix: Tensor) -> Tensor:

@@ -43,11 +43,14 @@ class Scores:
         means: :math:`\bar g_i`, ``(n, C, D)``.
         deviations: :math:`g_{ij} - \bar g_i` of images with at least two draws, ``(Q, C, D)``.
         counts: :math:`m_i`, ``(n,)`` float64.
+        sketched: Whether rows are random mixtures of all images (:mod:`bayesdiff.laplace.sketch`), R of them, with the same sums
+            of squares on average.
     """
 
     means: Tensor
     deviations: Tensor
     counts: Tensor
+    sketched: bool = False
 
     @classmethod
     def of(cls, scores: Tensor, rows: Tensor) -> Scores:
@@ -71,7 +74,7 @@ class Scores:
     @property
     def total(self) -> Tensor:
         """A factor F, FᵀF = T, ``(n, C, D)``."""
-        return self.means / math.sqrt(len(self.means))
+        return self.means / math.sqrt(len(self.counts))
 
     @property
     def within(self) -> Tensor:
@@ -106,10 +109,27 @@ def score_factor(scores: Scores, training_draws: float, precision: Tensor) -> tu
     lack = scores.inverse_draws - 1 / training_draws
     if abs(lack) <= ROUNDING:
         return scores.total, 0.0
+    join = _joined if scores.sketched else torch.cat
     if lack < 0:
-        return torch.cat([scores.total, math.sqrt(-lack) * scores.within]), 0.0
+        return join([scores.total, math.sqrt(-lack) * scores.within]), 0.0
     between, share = between_factor(scores, precision)
-    return torch.cat([between, scores.within / math.sqrt(training_draws)]), share
+    return join([between, scores.within / math.sqrt(training_draws)]), share
+
+
+def _joined(factors: list[Tensor]) -> Tensor:
+    """A factor of the sum of two squares in as many rows as one has, on average over a random rotation of the first.
+
+    Rows of a sketch are draws, and the sum of two independent draws has the sum of their covariances.
+    """
+    first, second = factors
+    rows = max(len(first), len(second))
+    if not len(first):
+        return second
+    generator = torch.Generator().manual_seed(0)
+    turned = torch.linalg.qr(torch.randn(rows, len(first), generator=generator, dtype=torch.float64)).Q.to(first)
+    out = (turned @ first.flatten(1)).unflatten(1, first.shape[1:])
+    out[: len(second)] += second
+    return out
 
 
 def between_factor(scores: Scores, precision: Tensor) -> tuple[Tensor, float]:

@@ -58,7 +58,9 @@ class UncertainRun:
         self.scheduler = getattr(function, "scheduler", None)
         others = modules_of(self.run, args, kwargs, network)
         self.session = Session(self.run, network, head, others, by_row=settings.batch_invariant)
-        self.direct = Direct(self.session, posterior.geometry, deviations, by_sample=settings.batch_invariant)
+        self.direct = Direct(
+            self.session, posterior.geometry, deviations, by_sample=settings.batch_invariant, working=posterior.working
+        )
         self.steps: list[Step] = []
 
     def __call__(self) -> UncertaintyOutput:

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Generator
 
 from bayesdiff.checks import ArgumentError, check_int, check_positive
+from bayesdiff.rng import check_generator
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +28,13 @@ class Settings:
     batch_invariant: bool = False
     trajectory: bool = False
     factors: bool = False
+
+    def __post_init__(self) -> None:
+        check_generator(self.generator)
+
+    def _whole(self, name: str, least: int) -> None:
+        """Keep a setting as a plain int of at least ``least``."""
+        object.__setattr__(self, name, check_int(name, getattr(self, name), least=least))
 
 
 @dataclass(frozen=True)
@@ -57,13 +65,14 @@ class Tangents(Settings):
     schedule: Any = None
 
     def __post_init__(self) -> None:
-        check_int("draws", self.draws, least=1)
-        check_positive("extra_calls", self.extra_calls)
+        super().__post_init__()
+        self._whole("draws", 1)
+        object.__setattr__(self, "extra_calls", check_positive("extra_calls", self.extra_calls))
         for name in ("refresh", "num_directions"):
             if getattr(self, name) is not None:
-                check_int(name, getattr(self, name), least=1)
-        check_int("directions_per_call", self.directions_per_call, least=1)
-        check_int("decoder_calls", self.decoder_calls, least=2)
+                self._whole(name, 1)
+        self._whole("directions_per_call", 1)
+        self._whole("decoder_calls", 2)
 
 
 @dataclass(frozen=True)
@@ -80,7 +89,8 @@ class Ensemble(Settings):
     redraw: bool = False
 
     def __post_init__(self) -> None:
-        check_int("members", self.members, least=2)
+        super().__post_init__()
+        self._whole("members", 2)
 
 
 @dataclass(frozen=True)
@@ -98,8 +108,9 @@ class BayesDiff(Settings):
     centered: bool = False
 
     def __post_init__(self) -> None:
-        check_int("samples", self.samples, least=2)
-        check_int("skip_interval", self.skip_interval, least=1)
+        super().__post_init__()
+        self._whole("samples", 2)
+        self._whole("skip_interval", 1)
         if self.factors:
             raise ArgumentError("expected factors=False for BayesDiff, whose recursion has variances only, got True")
 

@@ -27,12 +27,15 @@ class Direct:
         geometry: Of the head.
         deviations: δW, ``(K, C, D)``.
         by_sample: Whether to work on each row by itself.
+        working: The dtype to work in, for features of some dtype.
     """
 
     def __init__(
-        self, session: Session, geometry: HeadGeometry, deviations: Tensor, *, by_sample: bool = False
-    ) -> None:
+        self, session: Session, geometry: HeadGeometry, deviations: Tensor, *, by_sample: bool = False,
+        working: Callable[[torch.dtype], torch.dtype] = lambda dtype: torch.promote_types(dtype, torch.float32),
+    ) -> None:  # fmt: skip
         self.session, self.geometry, self.deviations, self.by_sample = session, geometry, deviations, by_sample
+        self.working = working
         self._placed: Tensor | None = None
 
     def __call__(self, n: int, draws: slice = slice(None)) -> list[Tensor | None]:
@@ -40,11 +43,12 @@ class Direct:
         call = self.session.network.calls[n]
         assert call.tail is not None
         x = call.features
-        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        kept = torch.promote_types(x.dtype, torch.float32)
+        x = x.to(self.working(x.dtype))
         if self._placed is None or self._placed.dtype != x.dtype or self._placed.device != x.device:
             self._placed = self.deviations.to(x)
         rows = x.split(1) if self.by_sample else [x]
-        return call.tail(torch.cat([self.geometry.apply(row, self._placed[draws]) for row in rows], dim=1))
+        return call.tail(torch.cat([self.geometry.apply(row, self._placed[draws]).to(kept) for row in rows], dim=1))
 
 
 def step_variance(

@@ -44,12 +44,25 @@ class Spy:
     def __init__(self, scheduler: Any, on_step: OnStep) -> None:
         original = scheduler.step
         signature = inspect.signature(original)
+        known = ("model_output", "timestep", "sample")
+        names = list(signature.parameters)[:3]
+        others: dict[str, str] = {}
+        if len(names) == 3 and not set(known) <= set(signature.parameters) and all(
+            signature.parameters[n].kind == inspect.Parameter.POSITIONAL_OR_KEYWORD for n in names
+        ):  # fmt: skip
+            others = dict(zip(names, known, strict=True))  # other names for the same three
+
+        def own(**given: Any) -> Any:
+            first = [given.pop(name) for name in known]
+            return original(*first, **given)
 
         @functools.wraps(original)  # pipelines look at the signature to see what step takes
         def step(*args: Any, **kwargs: Any) -> Any:
             given = dict(signature.bind(*args, **kwargs).arguments)
+            if others:
+                return on_step(own, {others.get(name, name): value for name, value in given.items()})
             if "model_output" not in given:  # a step that takes *args and **kwargs
-                given = {**dict(zip(("model_output", "timestep", "sample"), args, strict=False)), **kwargs}
+                given = {**dict(zip(known, args, strict=False)), **kwargs}
             return on_step(original, given)
 
         self.__dict__.update(_scheduler=scheduler, step=step)

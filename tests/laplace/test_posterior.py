@@ -111,7 +111,7 @@ def test_low_rank(case, covariance):
     errors = []
     for rank in (2, 6, 12, 20):
         cut = full.recut(structure="lowrank", rank=rank)
-        assert cut._sigma.rows.shape[1] <= rank
+        assert cut.sigma.rows.shape[1] <= rank
         errors.append(float((cut.variance(x) - exact).abs().mean() / exact.mean()))
     assert errors[-1] < errors[0]
     for tolerance in (0.2, 0.05, 0.01):
@@ -187,7 +187,7 @@ def test_orthogonal_draws(structure, covariance):
         sizes.append(math.prod(shape[1:]))
         return torch.zeros(shape, dtype=torch.float64)
 
-    fitted._sigma.transform(1, noise)
+    fitted.sigma.transform(1, noise)
     geometry = HeadGeometry.of(case.layer)
     expected = fitted.variance(case.inputs.double())
 

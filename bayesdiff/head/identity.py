@@ -1,0 +1,117 @@
+"""What tells a network from others, and from itself with other weights: a few numbers of every one of its tensors.
+
+A posterior is of one network. Its head's weights are compared one by one; those of the body are billions, so of each tensor a
+few numbers, evenly spread, are kept. A training step, an adapter that was merged, or another checkpoint changes all of them.
+It takes milliseconds, so it is asked at every run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from bayesdiff.checks import HeadMismatchError, ShapeError
+
+#: Numbers of each tensor.
+SAMPLES = 8
+
+
+@dataclass(frozen=True, eq=False)
+class NetworkIdentity:
+    """Of one network at one time.
+
+    Args:
+        layout: SHA-256 of the names and shapes of its tensors.
+        samples: Numbers of each tensor, ``(tensors, 8)`` float64, in the order of their names; NaN where a tensor was not in
+            memory.
+
+    Raises:
+        ShapeError: The samples are of another shape or dtype.
+    """
+
+    layout: str
+    samples: Tensor
+
+    def __post_init__(self) -> None:
+        if self.samples.ndim != 2 or self.samples.shape[1] != SAMPLES or self.samples.dtype != torch.float64:
+            raise ShapeError(
+                f"expected samples of a network as float64 (tensors, {SAMPLES}), got {self.samples.dtype} "
+                f"{tuple(self.samples.shape)}"
+            )
+        if not isinstance(self.layout, str):
+            raise ShapeError(f"expected the layout of a network as text, got {self.layout!r}")
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, network: nn.Module) -> NetworkIdentity:
+        """The identity of a network as it is now."""
+        tensors = _tensors(network)
+        groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+        for number, tensor in enumerate(tensors.values()):
+            groups.setdefault((tensor.device, tensor.dtype), []).append(number)
+        samples = torch.full((len(tensors), SAMPLES), float("nan"), dtype=torch.float64)
+        values = list(tensors.values())
+        for (device, dtype), numbers in groups.items():
+            if device.type == "meta" or dtype.is_complex:
+                continue
+            # One transfer for all tensors of a device.
+            some = torch.stack([_spread(values[n]) for n in numbers])
+            samples[numbers] = some.float().cpu().double() if dtype.itemsize < 4 else some.cpu().double()
+        return cls(_layout(tensors), samples)
+
+    @torch.no_grad()
+    def check(self, network: nn.Module, what: str = "that the posterior was fitted to") -> None:
+        """Make sure that a network is this one; it may have been cast to a lower precision since.
+
+        Args:
+            network: The network.
+            what: Which network it should be, for the message.
+
+        Raises:
+            HeadMismatchError: It has other weights, or other tensors.
+        """
+        tensors, now = _tensors(network), NetworkIdentity.of(network)
+        advice = "fit the posterior again with bayesdiff.fit, or load the weights that it belongs to"
+        if now.layout != self.layout or len(now.samples) != len(self.samples):
+            raise HeadMismatchError(
+                f"expected the network {what}, got {type(network).__name__} with {len(now.samples)} tensors of other names or "
+                f"shapes ({len(self.samples)} before; an adapter?): {advice}"
+            )
+        known = self.samples.clone()
+        for number, tensor in enumerate(tensors.values()):
+            if tensor.dtype.is_floating_point:
+                known[number] = self.samples[number].to(tensor.dtype).double()
+        different = (known != now.samples) & ~(known.isnan() | now.samples.isnan())
+        if bool(different.any()):
+            changed = different.any(1).nonzero().flatten().tolist()
+            first = list(tensors)[changed[0]]
+            raise HeadMismatchError(
+                f"expected the network {what}, got one with other weights: {len(changed)} of {len(tensors)} tensors have "
+                f"changed, {first!r} first: {advice}"
+            )
+
+
+def _tensors(network: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers that are saved, by their names without what compiling puts before them."""
+    found = {
+        name.replace("_orig_mod.", ""): value
+        for name, value in network.state_dict().items()
+        if isinstance(value, Tensor) and value.numel()
+    }
+    return dict(sorted(found.items()))
+
+
+def _layout(tensors: dict[str, Tensor]) -> str:
+    lines = "\n".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items())
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def _spread(tensor: Tensor) -> Tensor:
+    """Some of its numbers, evenly spread, the last among them."""
+    n = tensor.numel()
+    index = [round(k * (n - 1) / (SAMPLES - 1)) for k in range(SAMPLES)]
+    flat = tensor.flatten() if tensor.is_contiguous() else tensor.reshape(-1)
+    return flat[index]
