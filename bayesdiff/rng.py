@@ -16,7 +16,15 @@ from bayesdiff.checks import ArgumentError, check_int
 
 
 def base_seed(generator: Generator | None) -> int:
-    """One 63-bit seed drawn from ``generator`` (torch's default generator when None)."""
+    """One 63-bit seed drawn from ``generator`` (torch's default generator when None).
+
+    Raises:
+        ArgumentError: It is something else.
+    """
+    if generator is not None and not isinstance(generator, Generator):
+        raise ArgumentError(
+            f"expected generator=torch.Generator().manual_seed(…), got {type(generator).__name__}: {str(generator)[:80]}"
+        )
     device = "cpu" if generator is None else generator.device
     return int(torch.randint(2**63 - 1, (), generator=generator, dtype=torch.int64, device=device))
 

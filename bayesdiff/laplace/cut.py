@@ -55,10 +55,11 @@ def cut(
             "weights of each draw"
         )
     n = statistics.num_images
+    training_draws = None if training_draws is None else check_training_draws(training_draws)
     noise = statistics.noise_variance()
     if not bool((noise > 0).all()):
         raise ArgumentError("expected residuals that do not vanish, got a noise variance of 0 in some timestep bin")
-    size = n if dataset_size is None else dataset_size
+    size = n if dataset_size is None else int(dataset_size)
     if size < n:
         raise ArgumentError(f"expected dataset_size >= the {n} images fitted to, got {size}")
     draws = statistics.num_draws / n
@@ -81,7 +82,13 @@ def cut(
         )  # fmt: skip
     weights = 1 / noise
     if covariance == "sandwich":
-        weights = _loss_weights(loss_weights, noise, statistics.pooled_variance())
+        pooled = statistics.pooled_variance()
+        if not 0 < pooled < math.inf:
+            raise ArgumentError(
+                "expected a loss that some draws have a weight in, got the weight 0 (or no curvature) for all of them; look at "
+                "loss_weights"
+            )
+        weights = _loss_weights(loss_weights, noise, pooled)
     curvature = statistics.loss_curvature if covariance == "sandwich" else statistics.precision
     precision = scale * curvature(weights)
     by_image = statistics.scores_by_image(weights)
@@ -185,11 +192,11 @@ def check_settings(
         check_choice("loss_weights", loss_weights, ("uniform", "noise"))
     else:
         weights = torch.as_tensor(loss_weights)
-        if weights.shape != (bins,) or not bool(((weights >= 0) & torch.isfinite(weights)).all()):
+        right = weights.shape == (bins,) and bool(((weights >= 0) & torch.isfinite(weights)).all())
+        if not right or not bool(weights.any()):
             raise ArgumentError(
-                f"expected loss_weights 'uniform', 'noise', or {bins} finite numbers >= 0, one for each timestep "
-                "bin, got "
-                f"{loss_weights}"
+                f"expected loss_weights 'uniform', 'noise', or {bins} finite numbers >= 0, not all 0, one for each timestep "
+                f"bin, got {loss_weights}"
             )
     if dataset_size is not None:
         check_int("dataset_size", dataset_size, least=1)
