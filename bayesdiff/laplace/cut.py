@@ -84,7 +84,13 @@ def cut(
         )  # fmt: skip
     weights = 1 / noise
     if covariance == "sandwich":
-        weights = _loss_weights(loss_weights, noise, statistics.pooled_variance())
+        pooled = statistics.pooled_variance()
+        if not 0 < pooled < math.inf:
+            raise ArgumentError(
+                "expected a loss that some draws have a weight in, got the weight 0 (or no curvature) for all of them; look at "
+                "loss_weights"
+            )
+        weights = _loss_weights(loss_weights, noise, pooled)
     curvature = statistics.loss_curvature if covariance == "sandwich" else statistics.precision
     precision = scale * curvature(weights)
     by_image = None if covariance == "ggn" else statistics.scores_by_image(weights)
@@ -196,11 +202,11 @@ def check_settings(
             weights = torch.as_tensor(loss_weights, dtype=torch.float64)
         except (TypeError, ValueError, RuntimeError):
             weights = torch.full((bins,), float("nan"))
-        if weights.shape != (bins,) or not bool(((weights >= 0) & torch.isfinite(weights)).all()):
+        right = weights.shape == (bins,) and bool(((weights >= 0) & torch.isfinite(weights)).all())
+        if not right or not bool(weights.any()):
             raise ArgumentError(
-                f"expected loss_weights 'uniform', 'noise', or {bins} finite numbers >= 0, one for each timestep "
-                "bin, got "
-                f"{loss_weights}"
+                f"expected loss_weights 'uniform', 'noise', or {bins} finite numbers >= 0, not all 0, one for each timestep "
+                f"bin, got {loss_weights}"
             )
     if dataset_size is not None:
         check_int("dataset_size", dataset_size, least=1)

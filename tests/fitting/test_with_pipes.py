@@ -94,7 +94,7 @@ def test_a_network_call_for_each_row_of_draws(sd):
     finally:
         handle.remove()
     assert sizes[-8:] == [3] * 4 + [2] * 4
-    assert len(sizes) <= 8 + 5  # those of the examination, and one that shows what comes back for three rows
+    assert len(sizes) <= 8 + 7  # those of the examination, and one that shows what comes back for three rows
 
 
 def test_the_encoders_posterior_is_sampled_for_each_draw(sd):
