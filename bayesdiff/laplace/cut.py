@@ -239,7 +239,7 @@ def _prior(choice: float | Tensor | str | None, spectrum: Tensor, mean: Tensor) 
         return torch.tensor(
             [evidence_prior_precision(r[None], w[None]) for r, w in zip(rows, mean, strict=True)]
         ).double()
-    return torch.as_tensor(choice, dtype=torch.float64).expand(len(mean)).clone()
+    return torch.as_tensor(choice, dtype=torch.float64).detach().cpu().expand(len(mean)).clone()
 
 
 def _spectrum(

@@ -193,7 +193,7 @@ class LaplacePosterior:
 
     def _tau(self) -> Tensor:
         """τ by channel, ``(C,)`` float64."""
-        tau = torch.as_tensor(self.prior_precision, dtype=torch.float64)
+        tau = torch.as_tensor(self.prior_precision, dtype=torch.float64).detach()
         if tau.shape not in ((), self.mean.shape[:1]) or not bool(((tau > 0) & torch.isfinite(tau)).all()):
             raise ArgumentError(
                 f"expected a finite prior_precision > 0, or {len(self.mean)} of them, one for each output channel, got "
