@@ -40,11 +40,9 @@ def assert_same_bits(a, b):
 
 def bits(posterior):
     s = posterior.statistics
-    return (
-        s.gram, s.squared_residuals, s.positions, s.image_scores(torch.ones(s.num_bins)), posterior.precision,
-        *posterior.sigma.parts.values(), posterior.noise_variance, posterior.prior_precision if isinstance(posterior.prior_precision, torch.Tensor)
-        else torch.tensor(posterior.prior_precision),
-    )  # fmt: skip
+    sums = (s.gram, s.squared_residuals, s.positions, s.image_scores(torch.ones(s.num_bins)))
+    parts = (posterior.precision, *posterior.sigma.parts.values(), posterior.noise_variance)
+    return *sums, *parts, torch.as_tensor(posterior.prior_precision)
 
 
 class Killed(BaseException):
