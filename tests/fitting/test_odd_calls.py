@@ -61,9 +61,8 @@ def test_any_sampler_of_one_schedule_gives_one_posterior(pixels, scheduler):
     once = fitted(pixels, x)
     for options in ({}, {"use_karras_sigmas": True}):
         kept = {k: v for k, v in options.items() if k in inspect.signature(scheduler).parameters}
-        sampler = scheduler(
-            **{k: pixels.scheduler.config[k] for k in ("beta_start", "beta_end", "beta_schedule")}, **kept
-        )
+        same = ("beta_start", "beta_end", "beta_schedule", "prediction_type")
+        sampler = scheduler(**{k: pixels.scheduler.config[k] for k in same}, **kept)
         sampler.set_timesteps(3)
         check_levels(sampler, sampler.timesteps)
         assert_same(fitted(pixels.unet, x, scheduler=sampler), once)
