@@ -102,6 +102,10 @@ def check_levels(scheduler: Any, timesteps: Tensor) -> None:
     kept = None if kept is None else torch.as_tensor(kept).detach().cpu().double().flatten()[: len(sigma)]
     if kept is None or len(kept) < len(sigma):
         return
+    if (
+        getattr(scheduler, "order", 1) > 1
+    ):  # some keep the levels between steps apart: the first and the last are in place
+        alpha, sigma, kept = (v[[0, -1]] for v in (alpha, sigma, kept))
     wanted = (
         [alpha if is_reversed(scheduler) else sigma] if is_flow(scheduler) else [sigma, sigma / alpha.clamp(min=1e-6)]
     )

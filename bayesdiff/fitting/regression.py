@@ -37,7 +37,7 @@ from bayesdiff.head.find import check_eval, denoiser, find_head
 from bayesdiff.head.identity import NetworkIdentity
 from bayesdiff.head.loaded import placement
 from bayesdiff.laplace.checkpoint import Checkpoint, Journal, identity, named, told
-from bayesdiff.laplace.cut import check_settings
+from bayesdiff.laplace.cut import check_scores, check_settings
 from bayesdiff.laplace.loss import Loss, as_loss
 from bayesdiff.laplace.posterior import LaplacePosterior
 from bayesdiff.laplace.sketch import ROWS
@@ -170,6 +170,7 @@ def fit(
     density, weighting, loss = as_density(timestep_density), as_weighting(loss_weights), as_loss(loss)
     check_int("batch_size", batch_size, least=1)
     check_int("noise_bins", noise_bins, least=1)
+    check_scores(covariance, loss, weighting is not None)
     source = source_of(
         pipe_or_model, head=head, scheduler=scheduler, call=call, pipe_kwargs=pipe_kwargs, space=space, encode=encode
     )
@@ -188,6 +189,10 @@ def fit(
     data = open_images(
         images, prompts, framing_of(pipe_or_model, source.network, size, value_range, convert), names=known_classes(pipe_or_model)
     )  # fmt: skip
+    if dataset_size is not None:
+        check_int("dataset_size", dataset_size, least=1)
+    if dataset_size is not None and data.length is not None and dataset_size < data.length:
+        raise ArgumentError(f"expected dataset_size >= the {data.length} images to fit to, got {dataset_size}")
     of_sums = {
         "seed": seed, "draws_per_image": draws_per_image, "noise_bins": noise_bins, "head": head, "space": space,
         "encode": encode, "pipe_kwargs": told(pipe_kwargs or {}), "scheduler": told(source.scheduler.config),

@@ -18,7 +18,7 @@ from torch import Tensor
 from bayesdiff.checks import ArgumentError, check_choice, check_finite, check_int
 from bayesdiff.diffusion.weighting import WEIGHTINGS
 from bayesdiff.laplace.evidence import evidence_noise, evidence_prior_precision
-from bayesdiff.laplace.loss import Squares
+from bayesdiff.laplace.loss import Loss, Squares
 from bayesdiff.laplace.statistics import Statistics
 from bayesdiff.laplace.structure import COVARIANCES, STRUCTURES
 from bayesdiff.laplace.training import Scores, check_training_draws, score_factor
@@ -44,11 +44,7 @@ def cut(
         len(mean), statistics.num_bins, structure=structure, covariance=covariance, prior_precision=prior_precision,
         noise_variance=noise_variance, loss_weights=loss_weights, dataset_size=dataset_size, training_draws=training_draws,
     )  # fmt: skip
-    if covariance == "ef" and not (isinstance(statistics.loss, Squares) and not statistics.weighted):
-        raise ArgumentError(
-            f'expected statistics of squares without weights over t for covariance "ef", got those of {statistics.loss}, '
-            f"weighted={statistics.weighted}: its gradients are the likelihood's"
-        )
+    check_scores(covariance, statistics.loss, statistics.weighted)
     if statistics.weighted and not (isinstance(loss_weights, str) and loss_weights == "uniform"):
         raise ArgumentError(
             f"expected loss_weights to be left as they are, got {loss_weights}: the statistics were made with "
@@ -154,6 +150,19 @@ def _origins(statistics: Statistics, scores: Scores, precision: Tensor, tau: Ten
     within = by_bin(scores.within)
     between = by_bin(scores.total) - scores.inverse_draws * within
     return torch.stack([between, within / training_draws], dim=1)
+
+
+def check_scores(covariance: str, loss: Loss, weighted: bool) -> None:
+    """That the scores of a loss are what a covariance is made of.
+
+    Raises:
+        ArgumentError: They are not.
+    """
+    if covariance == "ef" and not (isinstance(loss, Squares) and not weighted):
+        raise ArgumentError(
+            f'expected statistics of squares without weights over t for covariance "ef", got those of {loss}, '
+            f"weighted={weighted}: its gradients are the likelihood's"
+        )
 
 
 def check_settings(

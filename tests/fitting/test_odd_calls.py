@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import inspect
+
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKLMochi, DDIMScheduler, LattePipeline, LatteTransformer3DModel, UNet2DModel
+from diffusers import (
+    AutoencoderKLMochi,
+    DDIMScheduler,
+    EulerAncestralDiscreteScheduler,
+    HeunDiscreteScheduler,
+    KDPM2DiscreteScheduler,
+    LattePipeline,
+    LatteTransformer3DModel,
+    UNet2DModel,
+)
 
 import bayesdiff as bd
 from bayesdiff.checks import ArgumentError, BayesdiffWarning, UnsupportedHeadError
+from bayesdiff.diffusion.parametrization import check_levels
 from bayesdiff.fitting.samples import are_pixels
 from tests import cases
 from tests.fitting.test_fit import assert_same
@@ -40,6 +52,20 @@ def test_more_draws_than_a_scheduler_has_steps(pixels):
     for size in (1, 2):
         assert_same(fitted(pipe, x, draws_per_image=25, batch_size=size), alone)
     assert fitted(MADE["lcm"](), images(1), PROMPTS[:1], draws_per_image=52, batch_size=1).statistics.num_draws == 52
+
+
+@pytest.mark.parametrize("scheduler", [KDPM2DiscreteScheduler, HeunDiscreteScheduler, EulerAncestralDiscreteScheduler])
+def test_any_sampler_of_one_schedule_gives_one_posterior(pixels, scheduler):
+    """Two-stage ones keep their noise levels in an order of their own."""
+    x = images(2, size=8)
+    once = fitted(pixels, x)
+    for options in ({}, {"use_karras_sigmas": True}):
+        kept = {k: v for k, v in options.items() if k in inspect.signature(scheduler).parameters}
+        same = ("beta_start", "beta_end", "beta_schedule", "prediction_type")
+        sampler = scheduler(**{k: pixels.scheduler.config[k] for k in same}, **kept)
+        sampler.set_timesteps(3)
+        check_levels(sampler, sampler.timesteps)
+        assert_same(fitted(pixels.unet, x, scheduler=sampler), once)
 
 
 def latte():
@@ -113,6 +139,21 @@ def fails(*_):
 def test_bad_settings(pixels, kwargs, error, message):
     with pytest.raises(error, match=message):
         bd.fit(pixels, images(2, size=8), progress=False, **kwargs)
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [{"dataset_size": 1}, {"covariance": "ef", "loss": "l1"}, {"covariance": "ef", "loss_weights": "min-snr"}],
+)
+def test_what_cannot_become_a_posterior_is_refused_before_the_work(pixels, kwargs):
+    calls = []
+    handle = pixels.unet.register_forward_pre_hook(lambda *_: calls.append(1))
+    try:
+        with pytest.raises(ArgumentError, match=r"dataset_size >= the 2 images|squares without weights"):
+            fitted(pixels, images(2, size=8), **kwargs)
+    finally:
+        handle.remove()
+    assert not calls
 
 
 @pytest.mark.parametrize("draws", [torch.tensor(3.0), np.float32(3), 3])
