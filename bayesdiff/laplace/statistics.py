@@ -498,7 +498,7 @@ class Statistics:
         tensors, meta = read_folder(folder, "statistics", FORMAT)
         try:
             return cls.from_state(meta, tensors, [tensors] if "scores" in tensors else [], device)
-        except (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError) as error:
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError, OverflowError) as error:
             raise PosteriorFileError(
                 f"expected what Statistics.save wrote in {str(folder)!r}, got {type(error).__name__}: {error}"
             ) from error
