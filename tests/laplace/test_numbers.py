@@ -75,7 +75,9 @@ def test_collinear_features_in_head_laplace():
     assert float((single / double - 1).abs().max()) < 1e-6
     phi = torch.cat([x.double(), torch.ones(N, 1).double()], dim=1)
     prior = float(la.prior_precision.double())
-    root = torch.linalg.qr(torch.cat([phi, prior**0.5 * torch.eye(9).double()])).R  # half the digits of the Gram matrix are lost
+    root = torch.linalg.qr(
+        torch.cat([phi, prior**0.5 * torch.eye(9).double()])
+    ).R  # half the digits of the Gram matrix are lost
     exact = torch.linalg.solve_triangular(root.T, phi.T, upper=False).square().sum(0)[:, None]
     torch.testing.assert_close(double, exact, rtol=1e-2, atol=0)
     la.prior_precision = 1e-6  # and what follows from it is made anew
@@ -173,7 +175,10 @@ def test_numbers_of_other_types_are_kept_as_plain_ones(settings, tmp_path):
     loaded, sent = LaplacePosterior.load(tmp_path), pickle.loads(pickle.dumps(fitted))
     for other in (expected, loaded, sent):
         assert torch.equal(other.variance(x), fitted.variance(x))
-        assert torch.equal(other.deviations(3, torch.Generator().manual_seed(0)), fitted.deviations(3, torch.Generator().manual_seed(0)))
+        assert torch.equal(
+            other.deviations(3, torch.Generator().manual_seed(0)),
+            fitted.deviations(3, torch.Generator().manual_seed(0)),
+        )
     assert sent.recut(structure="diag").structure == "diag"
 
 
