@@ -185,7 +185,8 @@ def test_numbers_of_other_types_are_kept_as_plain_ones(settings, tmp_path):
     "settings",
     [
         {"prior_precision": "x"}, {"prior_precision": object()}, {"prior_precision": float("nan")},
-        {"noise_variance": float("nan")}, {"noise_variance": [0.0]}, {"temperature": "2"}, {"temperature": True}, {"loss_weights": None}, {"structure": ["full"]},
+        {"noise_variance": float("nan")}, {"noise_variance": [0.0]}, {"temperature": "2"}, {"temperature": True},
+        {"loss_weights": None}, {"structure": ["full"]},
         {"rank": 1.5, "structure": "lowrank"}, {"num_timesteps": "1000"}, {"tolerance": float("nan")}, {"dataset_size": 1e9},
     ],
     ids=str,
