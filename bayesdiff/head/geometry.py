@@ -142,8 +142,12 @@ class HeadGeometry:
 
         sizes = (self.in_channels, self.out_channels)
         known = self.kind in ("conv", "linear") and self.padding_mode in ("zeros", "reflect", "replicate", "circular")
-        lengths = whole(self.kernel_size, 1) and whole(self.padding, 0) and len(self.padding) == 2 * len(self.kernel_size)
-        if not (known and lengths and len(self.kernel_size) in CONVOLUTIONS and whole(sizes, 1) and type(self.bias) is bool):
+        lengths = (
+            whole(self.kernel_size, 1) and whole(self.padding, 0) and len(self.padding) == 2 * len(self.kernel_size)
+        )
+        if not (
+            known and lengths and len(self.kernel_size) in CONVOLUTIONS and whole(sizes, 1) and type(self.bias) is bool
+        ):
             raise ShapeError(f"expected the geometry of a linear layer or a convolution, got {self}")
         if self.kind == "linear" and self.taps != 1:
             raise ShapeError(f"expected a linear layer without a kernel, got {self}")

@@ -45,7 +45,9 @@ KINDS = (functional_dropout, noise_of_its_own, cache_of(2), cache_of(3), cache_o
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda f: f.__name__)
-@pytest.mark.parametrize("settings", [bd.Tangents(draws=4, extra_calls=1), bd.Ensemble(members=2)], ids=["tangents", "ensemble"])
+@pytest.mark.parametrize(
+    "settings", [bd.Tangents(draws=4, extra_calls=1), bd.Ensemble(members=2)], ids=["tangents", "ensemble"]
+)
 def test_at_every_run(kind, settings):
     pipe = cases.class_pipeline(DDIMScheduler(clip_sample=False))
     posterior = cases.class_posterior(pipe)
@@ -70,11 +72,9 @@ def test_in_a_fit(kind, whole):
     pipe.unet.mid_block.register_forward_hook(kind())
     generator = torch.Generator().manual_seed(0)
     data = {"images": torch.rand(48, 1, 8, 8, generator=generator) * 2 - 1, "class_labels": torch.arange(48) % 3}
+    given = pipe if whole else pipe.unet
     with pytest.raises(BayesdiffError):
-        if whole:
-            bd.fit(pipe, data, batch_size=4, progress=False)
-        else:
-            bd.fit(pipe.unet, data, scheduler=cases.scheduler(), batch_size=4, progress=False)
+        bd.fit(given, data, scheduler=cases.scheduler(), batch_size=4, progress=False)
 
 
 def test_a_function_is_asked_a_few_times_only():

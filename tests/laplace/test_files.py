@@ -49,10 +49,13 @@ def rewritten(folder, name, change):
 
 
 EDITS = [
-    {"structure": "diag"}, {"structure": "kron"}, {"structure": 3}, {"covariance": "x"}, {"temperature": "2"}, {"temperature": -1},
-    {"temperature": None}, {"temperature": True}, {"geometry": 5}, {"geometry": {}}, {"geometry": {"kind": "linear"}}, {"rank": "1"},
+    {"structure": "diag"}, {"structure": "kron"}, {"structure": 3}, {"covariance": "x"}, {"temperature": "2"},
+    {"temperature": -1},
+    {"temperature": None}, {"temperature": True}, {"geometry": 5}, {"geometry": {}}, {"geometry": {"kind": "linear"}},
+    {"rank": "1"},
     {"rank": 0}, {"tolerance": 2}, {"num_images": 0.5}, {"num_images": -3}, {"dataset_size": "60000"}, {"dataset_size": []},
-    {"num_timesteps": 0}, {"log_likelihood": "x"}, {"draws_per_image": None}, {"training_draws": -1}, {"head": 5}, {"form": "joint2"},
+    {"num_timesteps": 0}, {"log_likelihood": "x"}, {"draws_per_image": None}, {"training_draws": -1}, {"head": 5},
+    {"form": "joint2"},
     {"form": "diagonal"}, {"form": None}, {"approximation_error": "x"}, {"cut_share": [1]}, {"network": 5}, {"network": "abc"},
     {"fingerprint": "x"}, {"tensors": "../../etc/passwd"}, {"tensors": 5}, {"sha256": 0}, {"format": 2}, {"format": None},
 ]  # fmt: skip
@@ -74,7 +77,14 @@ def test_edited_json(tmp_path, edit):
 
 @pytest.mark.parametrize(
     "edit",
-    [{"geometry": 5}, {"loss": None}, {"loss": {"kind": "x"}}, {"weighted": "yes", "loss": 3}, {"sketch": 7}, {"sketch": "2"}],
+    [
+        {"geometry": 5},
+        {"loss": None},
+        {"loss": {"kind": "x"}},
+        {"weighted": "yes", "loss": 3},
+        {"sketch": 7},
+        {"sketch": "2"},
+    ],
     ids=str,
 )
 def test_edited_statistics(tmp_path, edit):
@@ -110,7 +120,10 @@ def test_what_is_saved_is_what_prediction_needs(tmp_path, structure):
     assert loaded.statistics is None
     c, d = fitted.mean.shape
     numbers = sum(p.numel() for p in fitted.sigma.parts.values())
-    assert numbers <= {"full": 8 * c * d + c * d * d, "kron": d * d + c * c, "diag": c * d, "lowrank": 9 * c * d}[structure]
+    assert (
+        numbers
+        <= {"full": 8 * c * d + c * d * d, "kron": d * d + c * c, "diag": c * d, "lowrank": 9 * c * d}[structure]
+    )
     assert torch.equal(loaded.variance(CASE.inputs), fitted.variance(CASE.inputs))
 
 

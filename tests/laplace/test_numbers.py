@@ -75,7 +75,9 @@ def test_collinear_features_in_head_laplace():
     assert float((single / double - 1).abs().max()) < 1e-6
     phi = torch.cat([x.double(), torch.ones(N, 1).double()], dim=1)
     prior = float(la.prior_precision.double())
-    root = torch.linalg.qr(torch.cat([phi, prior**0.5 * torch.eye(9).double()])).R  # half the digits of the Gram matrix are lost
+    root = torch.linalg.qr(
+        torch.cat([phi, prior**0.5 * torch.eye(9).double()])
+    ).R  # half the digits of the Gram matrix are lost
     exact = torch.linalg.solve_triangular(root.T, phi.T, upper=False).square().sum(0)[:, None]
     torch.testing.assert_close(double, exact, rtol=1e-2, atol=0)
     la.prior_precision = 1e-6  # and what follows from it is made anew
@@ -123,7 +125,7 @@ def test_features_that_carry_a_graph(kind):
     la = HeadLaplace(head)
     la.fit([(x, torch.zeros_like(head(x)))])
     mean, variance = la(x)
-    assert not (la.H.requires_grad or mean.requires_grad or variance.requires_grad)
+    assert not any(v.requires_grad for v in (la.H, mean, variance))
     sums = Statistics(HeadGeometry.of(head), 1)
     sums.update(x, head(x) + 1, torch.zeros(len(x), dtype=torch.long), torch.arange(len(x)))
     posterior = LaplacePosterior.from_statistics(sums, Head("head", head, sums.geometry))
@@ -158,7 +160,8 @@ def test_autocast_does_not_reach_the_sums():
 @pytest.mark.parametrize(
     "settings",
     [
-        {"dataset_size": np.int64(60_000)}, {"temperature": np.float32(0.5)}, {"tolerance": np.float32(0.25), "structure": "lowrank"},
+        {"dataset_size": np.int64(60_000)}, {"temperature": np.float32(0.5)},
+        {"tolerance": np.float32(0.25), "structure": "lowrank"},
         {"rank": np.int64(2), "structure": "lowrank"}, {"prior_precision": np.float64(3)}, {"prior_precision": np.array([2.0])},
         {"prior_precision": torch.tensor(2.0)}, {"training_draws": np.float32(1)}, {"num_timesteps": np.int32(1000)},
         {"noise_variance": np.float32(0.5)}, {"loss_weights": np.ones(1)}, {"prior_precision": torch.ones(1, requires_grad=True)},
@@ -173,15 +176,17 @@ def test_numbers_of_other_types_are_kept_as_plain_ones(settings, tmp_path):
     loaded, sent = LaplacePosterior.load(tmp_path), pickle.loads(pickle.dumps(fitted))
     for other in (expected, loaded, sent):
         assert torch.equal(other.variance(x), fitted.variance(x))
-        assert torch.equal(other.deviations(3, torch.Generator().manual_seed(0)), fitted.deviations(3, torch.Generator().manual_seed(0)))
+        found, wanted = (p.deviations(3, torch.Generator().manual_seed(0)) for p in (other, fitted))
+        assert torch.equal(found, wanted)
     assert sent.recut(structure="diag").structure == "diag"
 
 
 @pytest.mark.parametrize(
     "settings",
     [
-        {"prior_precision": "x"}, {"prior_precision": object()}, {"prior_precision": float("nan")}, {"noise_variance": float("nan")},
-        {"noise_variance": [0.0]}, {"temperature": "2"}, {"temperature": True}, {"loss_weights": None}, {"structure": ["full"]},
+        {"prior_precision": "x"}, {"prior_precision": object()}, {"prior_precision": float("nan")},
+        {"noise_variance": float("nan")}, {"noise_variance": [0.0]}, {"temperature": "2"}, {"temperature": True},
+        {"loss_weights": None}, {"structure": ["full"]},
         {"rank": 1.5, "structure": "lowrank"}, {"num_timesteps": "1000"}, {"tolerance": float("nan")}, {"dataset_size": 1e9},
     ],
     ids=str,
