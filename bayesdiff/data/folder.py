@@ -14,6 +14,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,20 +60,16 @@ def read_folder_of_images(folder: str | os.PathLike[str]) -> list[Entry]:
     root = Path(folder)
     if not str(folder) or not root.is_dir():
         raise ArgumentError(f"expected a folder of images, got {os.fspath(folder)!r}, which is not there or no folder")
-    files = sorted(
-        (
-            p
-            for p in root.rglob("*")
-            if p.is_file() and not any(part.startswith(".") for part in p.relative_to(root).parts)
-        ),
-        key=lambda p: p.relative_to(root).as_posix(),
-    )
+    files = sorted(_files(root, ()), key=lambda p: p.relative_to(root).as_posix())
     known = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    images = {p.relative_to(root).as_posix(): p for p in files if p.suffix.lower() in known}
-    problems = [
+    images = {p.relative_to(root).as_posix(): p for p in files if p.suffix.lower() in known and p.is_file()}
+    problems = [(p.relative_to(root).as_posix(), "a link to nothing") for p in files if not p.is_file()]
+    problems += [
         (p.relative_to(root).as_posix(), "no image by its name")
         for p in files
-        if p.suffix.lower() not in known | _OTHER and p.name.upper() not in ("LICENSE", "LICENCE", "README")
+        if p.suffix.lower() not in known | _OTHER
+        and p.name.upper() not in ("LICENSE", "LICENCE", "README")
+        and p.is_file()
     ]
     splits = {Path(name).parts[0] for name in images if len(Path(name).parts) > 1}
     if splits and splits <= _SPLITS and all(len(Path(name).parts) > 1 for name in images):
@@ -105,15 +102,36 @@ def read_folder_of_images(folder: str | os.PathLike[str]) -> list[Entry]:
     return entries
 
 
+def _files(folder: Path, above: tuple[str, ...]) -> Iterator[Path]:
+    """All files in a folder that are not hidden, links followed but into a folder that they lie in; links to nothing, too.
+
+    Raises:
+        ArgumentError: A folder cannot be read.
+    """
+    here = os.path.realpath(folder)
+    if here in above:
+        return
+    try:
+        entries = [e for e in folder.iterdir() if not e.name.startswith(".")]
+    except OSError as error:
+        raise ArgumentError(f"expected folders that can be read, got {str(folder)!r}: {error.strerror}") from error
+    for entry in entries:
+        if entry.is_dir():
+            yield from _files(entry, (*above, here))
+        elif entry.is_file() or entry.is_symlink():
+            yield entry
+
+
 def _by_metadata(path: Path, images: dict[str, Path], problems: list[tuple[str, str]]) -> list[Entry]:
     """In the order of the rows."""
     entries: dict[str, Entry] = {}
     rows = list(_rows(path))
-    columns: dict[str, None] = {key: None for row in rows for key in row}
+    columns: dict[str, None] = {key: None for row in rows for key in row if key is not None}
     if rows and "file_name" not in columns:
         raise ArgumentError(f"expected the column file_name in {str(path)!r}, got {', '.join(columns)}")
     text = next((key for key in PROMPT_KEYS if key in columns), None)
     label = next((key for key in LABEL_KEYS if key in columns), None)
+    composed = {unicodedata.normalize("NFC", name): name for name in images}  # some systems write é as e and an accent
     if rows and len(columns) > 1 and text is None and label is None:
         raise ArgumentError(f"expected a column text or label in {str(path)!r}, got {', '.join(columns)}")
     for number, row in enumerate(rows, 1):
@@ -121,12 +139,17 @@ def _by_metadata(path: Path, images: dict[str, Path], problems: list[tuple[str, 
         if not isinstance(name, str) or not name:
             problems.append((f"row {number} of {path.name}", "no file_name"))
             continue
-        name = Path(name).as_posix()
+        if None in row:  # what the CSV reader has left
+            problems.append((name, f"more cells than columns in {path.name}: texts with commas must be in quotes"))
+        name = Path(os.path.normpath(name)).as_posix()
+        name = name if name in images else composed.get(unicodedata.normalize("NFC", name), name)
         if name in entries:
             problems.append((name, "two rows in the metadata"))
         elif name not in images:
             there = (path.parent / name).is_file()
-            problems.append((name, "no image by its name" if there else "a row in the metadata, but no such file"))
+            outside = Path(name).is_absolute() or name.startswith("..")
+            why = "no image by its name" if there else "a row in the metadata, but no such file"
+            problems.append((name, "not in the folder: file_name is relative to it" if outside else why))
         else:
             said, kind = row.get(text) if text else None, row.get(label) if label else None
             if text and not isinstance(said, str):
@@ -151,7 +174,7 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
                     if not isinstance(row, dict):
                         raise ValueError(f"line {number} is no object")
                     yield row
-    except (OSError, ValueError, csv.Error) as error:
+    except (OSError, ValueError, RecursionError, csv.Error) as error:
         raise ArgumentError(f"expected {path.suffix[1:]} in {str(path)!r}, got what cannot be read: {error}") from error
 
 

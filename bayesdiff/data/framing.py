@@ -91,6 +91,8 @@ class Framing:
                 return f"{kind}, expected {_WORDS[self.mode]}"
             if not self.convert:
                 return f"{kind}, expected {_WORDS[self.mode]} (convert=True converts it)"
+        elif "transparency" in image.info and not self.convert:
+            return "with a transparent colour, expected none (convert=True puts it on white)"
         if self.size is not None:
             if _turned(image):
                 width, height = height, width
@@ -102,10 +104,10 @@ class Framing:
         """A PIL image without a :meth:`problem` as ``(C, H, W)`` in [−1, 1], turned as its EXIF tag says."""
         assert self.mode is not None
         image = ImageOps.exif_transpose(image)
+        if "transparency" in image.info or image.mode in ("LA", "PA", "RGBA"):
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         if image.mode != self.mode:
-            if "transparency" in image.info or image.mode in ("LA", "PA", "RGBA"):
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             image = image.convert(self.mode)
         if self.size is not None:
             height, width = self.size  # type: ignore[misc]
@@ -221,7 +223,11 @@ def _channels_first(value: Any, channels: int | None) -> Tensor:
         if value.ndim == 3 and value.dtype == torch.uint8 and channels == 1:
             return value[:, None].cpu()
         return value.cpu()
-    x = torch.from_numpy(np.array(value))  # a copy: arrays of PIL and of files cannot be written to
+    array = np.array(value)  # a copy: arrays of PIL and of files cannot be written to
+    try:
+        x = torch.from_numpy(array.astype(array.dtype.newbyteorder("="), copy=False))
+    except TypeError as error:
+        raise ArgumentError(f"expected images as arrays of numbers, got {array.dtype} {array.shape}") from error
     if x.ndim == 3 and x.dtype == torch.uint8 and channels in (1, None):
         return x[:, None]
     wanted = tuple(_MODES) if channels is None else (channels,)

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -15,8 +16,8 @@ from torch.utils.data import Dataset, IterableDataset
 from bayesdiff.checks import ArgumentError, check_int
 from bayesdiff.data.folder import Entry, read_folder_of_images
 from bayesdiff.data.framing import Framing
-from bayesdiff.data.items import IMAGE_KEYS, LABELS, PROMPTS, image_key, is_array, parts, texts
-from bayesdiff.data.labels import numbered
+from bayesdiff.data.items import IMAGE_KEYS, LABELS, PROMPTS, image_key, is_array, is_picture, parts, texts
+from bayesdiff.data.labels import in_order, numbered
 from bayesdiff.data.sources import Batch, Files, Items, Source, Stream, Whole
 
 
@@ -95,7 +96,7 @@ class ImageData:
 
 def open_images(
     images: Any,
-    prompts: str | Sequence[str] | Sequence[int] | Tensor | None = None,
+    prompts: Any = None,
     framing: Framing | None = None,
     *,
     names: Mapping[str, int] | None = None,
@@ -107,8 +108,8 @@ def open_images(
             ``datasets.Dataset``; a torch ``Dataset`` of images, of (image, caption or label) or of mappings; a list of PIL
             images, arrays or such items; one array or tensor ``(n, C, H, W)``, an array also ``(n, H, W, C)``; a mapping
             with ``"images"`` and what belongs to them; an iterable of batches; or what this function returned.
-        prompts: A caption for each image, or one for all (or a label for each, if they are integers), instead of those that the
-            data have.
+        prompts: A caption for each image, or one for all (or a label for each, if they are integers; a list, an array or a
+            tensor), instead of those that the data have.
         framing: Size, channels and range of what the network takes.
         names: The model's classes, for data whose labels are names.
 
@@ -122,8 +123,11 @@ def open_images(
     source = images.source if isinstance(images, ImageData) else _source(images, framing or Framing(), names)
     if prompts is None:
         return images if isinstance(images, ImageData) else ImageData(source)
-    if is_array(prompts) or (isinstance(prompts, (list, tuple, range)) and prompts and isinstance(prompts[0], int)):
-        labels = torch.as_tensor(prompts)
+    if isinstance(prompts, np.ndarray) and prompts.dtype.kind not in "biuf":
+        prompts = prompts.tolist()
+    whole = (int, np.integer)
+    if is_array(prompts) or (isinstance(prompts, (list, tuple, range)) and prompts and isinstance(prompts[0], whole)):
+        labels = torch.as_tensor(prompts) if is_array(prompts) else numbered(list(prompts))
         if labels.ndim != 1 or labels.is_floating_point() or labels.dtype == torch.bool:
             raise ArgumentError(f"expected labels as integers (n,), got {labels.dtype} {tuple(labels.shape)}")
         return ImageData(source, labels=labels.long())
@@ -171,8 +175,9 @@ def _list(images: Sequence[Any], framing: Framing, names: Mapping[str, int] | No
     """Files, single images, or batches: told by the first."""
     if isinstance(images[0], (str, os.PathLike)):
         return Files("the list of files", [Entry(str(path), Path(path)) for path in images], framing, names)
-    first, _ = parts(images[0])
-    if isinstance(first, Image.Image) or (is_array(first) and (first.ndim == 3 or _is_grey(first))):
+    several = isinstance(images[0], list) and all(isinstance(image, Image.Image) for image in images[0])
+    first: Any = None if several else parts(images[0])[0]
+    if is_picture(first) or (is_array(first) and (first.ndim == 3 or _is_grey(first))):
         return Items("the list of images", images, framing, names, scan=True)
     return Stream(images, framing, names, single=False)
 
@@ -222,6 +227,8 @@ def _row(row: Mapping[str, Any], features: Mapping[str, Any], names: Mapping[str
 
 def _with(source: Source, rest: Mapping[str, Any], names: Mapping[str, int] | None, key: str) -> Source:
     """Single images from a mapping's list, with what the mapping has beside it."""
+    if isinstance(source, Files):
+        source = Items("the list of files", [e.path for e in source.entries], source.framing, names, scan=False)
     if not isinstance(source, Items):
         raise ArgumentError(f"expected {key!r} as an array, a tensor or a list of images, got a list of something else")
     lengths = {name: len(value) for name, value in rest.items()}
@@ -230,4 +237,6 @@ def _with(source: Source, rest: Mapping[str, Any], names: Mapping[str, int] | No
     rows = [
         {"image": image, **{name: value[i] for name, value in rest.items()}} for i, image in enumerate(source.sequence)
     ]
+    if not names and any(isinstance(label, str) for label in rest.get(LABELS, ())):
+        names = in_order([label for label in rest[LABELS] if isinstance(label, str)])
     return Items("the list of images", rows, source.framing, names, scan=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from bayesdiff.checks import ArgumentError, ShapeError
 from bayesdiff.data.folder import LABEL_KEYS, PROMPT_KEYS
-from bayesdiff.data.framing import Framing
+from bayesdiff.data.framing import UNREADABLE, Framing
 from bayesdiff.data.labels import numbered
 
 IMAGE_KEYS = ("images", "image", "pixel_values", "img")
@@ -22,6 +23,11 @@ PROMPTS, LABELS = "prompts", "class_labels"
 
 def is_array(value: Any) -> bool:
     return isinstance(value, (Tensor, np.ndarray))
+
+
+def is_picture(value: Any) -> bool:
+    """Whether this is one image: of PIL, or a file's name."""
+    return isinstance(value, (Image.Image, str, os.PathLike))
 
 
 def image_key(item: Mapping[str, Any]) -> str:
@@ -42,7 +48,7 @@ def parts(item: Any) -> tuple[Any, dict[str, Any]]:
     Raises:
         ArgumentError: It has another form.
     """
-    if isinstance(item, Image.Image) or is_array(item):
+    if is_picture(item) or is_array(item):
         return item, {}
     if isinstance(item, Mapping):
         key = image_key(item)
@@ -60,7 +66,7 @@ def parts(item: Any) -> tuple[Any, dict[str, Any]]:
     if (
         isinstance(item, (tuple, list))
         and 1 <= len(item) <= 2
-        and (isinstance(item[0], Image.Image) or is_array(item[0]))
+        and (is_array(item[0]) or isinstance(item[0], Image.Image) or (isinstance(item, tuple) and is_picture(item[0])))
     ):
         return item[0], {} if len(item) == 1 else _second(item[1])
     raise ArgumentError(
@@ -74,6 +80,8 @@ def _second(value: Any) -> dict[str, Any]:
         return {PROMPTS: value}
     if isinstance(value, Mapping):
         return parts({"images": None, **value})[1]
+    if isinstance(value, Image.Image):
+        raise ArgumentError("expected a caption or an integer label beside an image, got another image")
     array = value if is_array(value) else np.asarray(value)
     if (
         array.dtype in (torch.int64, torch.int32, torch.uint8)
@@ -86,20 +94,34 @@ def _second(value: Any) -> dict[str, Any]:
     )
 
 
-def checked(images: Tensor, rest: Mapping[str, Any], names: Mapping[str, int] | None = None) -> dict[str, Any]:
+def checked(
+    images: Tensor, rest: Mapping[str, Any], names: Mapping[str, int] | None = None, *, whole: bool = False
+) -> dict[str, Any]:
     """What belongs to a batch of images: a list of prompts, tensors of as many rows, lists of what is no number.
 
+    Args:
+        images: The batch.
+        rest: Beside it.
+        names: The model's classes.
+        whole: Whether the batch is all of the data: then classes that the model does not name can be numbered.
+
     Raises:
-        ArgumentError: Prompts are no text, or something is no tensor, array or number.
+        ArgumentError: Prompts are no text, or something is no tensor, array or number; or labels are names which nobody numbers.
         ShapeError: There are not as many rows as images.
     """
     out: dict[str, Any] = {}
     for name, value in rest.items():
         if name == PROMPTS:
             out[name] = texts(value)
-        elif name == LABELS and _has_names(value):
-            out[name] = numbered(list(value), names)
-        elif isinstance(value, (list, tuple)) and not all(isinstance(v, (int, float)) for v in value):
+        elif name == LABELS and (isinstance(value, (list, tuple)) or _are_texts(value)):
+            labels = list(value)
+            if not names and not whole and any(isinstance(v, str) for v in labels):
+                raise ArgumentError(
+                    f"expected labels that are numbers where the model names no classes, got {labels[0]!r}: names can be "
+                    "numbered where all of them are at hand, in a folder, a list or a mapping"
+                )
+            out[name] = numbered(labels, names)
+        elif isinstance(value, (list, tuple)) and not all(isinstance(v, (int, float, np.number)) for v in value):
             out[name] = list(value)
         else:
             try:
@@ -115,8 +137,8 @@ def checked(images: Tensor, rest: Mapping[str, Any], names: Mapping[str, int] | 
     return out
 
 
-def _has_names(value: Any) -> bool:
-    return isinstance(value, (list, tuple)) and any(isinstance(v, str) for v in value)
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, np.ndarray) and value.dtype.kind in "UO"
 
 
 def texts(value: Any) -> list[str]:
@@ -125,12 +147,19 @@ def texts(value: Any) -> list[str]:
     Raises:
         ArgumentError: It is one text for all, or something in it is no text.
     """
+    if _are_texts(value):
+        value = value.tolist()
     if isinstance(value, str) or not isinstance(value, Sequence):
         raise ArgumentError(f"expected a list of prompts, one for each image, got {type(value).__name__}")
     for number, text in enumerate(value):
         if not isinstance(text, str):
             raise ArgumentError(f"expected prompts that are text, got {type(text).__name__} as number {number}")
-    return list(value)
+    return [str(text) for text in value]
+
+
+def opened(image: Any) -> Any:
+    """An image, read from its file if it is a file's name."""
+    return Image.open(image) if isinstance(image, (str, os.PathLike)) else image
 
 
 def framed(number: int | str, image: Any, framing: Framing) -> Tensor:
@@ -140,11 +169,15 @@ def framed(number: int | str, image: Any, framing: Framing) -> Tensor:
         ArgumentError: A PIL image cannot be used, or it is no image at all.
         ShapeError, NonFiniteError: As :meth:`Framing.array`.
     """
-    if isinstance(image, Image.Image):
-        why = framing.problem(image)
-        if why is not None:
-            raise ArgumentError(f"expected images that can be used, got number {number}: {why}")
-        return framing.picture(image)
+    if is_picture(image):
+        try:
+            picture = opened(image)
+            why = framing.problem(picture)
+            if why is None:
+                return framing.picture(picture)
+        except UNREADABLE as error:
+            why = f"cannot be read ({type(error).__name__}: {error})"
+        raise ArgumentError(f"expected images that can be used, got number {number}: {why}")
     if is_array(image):
         return framing.array(f"images (number {number})", image)
     raise ArgumentError(f"expected a PIL image, an array or a tensor as image {number}, got {type(image).__name__}")

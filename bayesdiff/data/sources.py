@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
@@ -15,8 +16,8 @@ from torch import Tensor
 from bayesdiff.checks import ArgumentError, BayesdiffError, ShapeError
 from bayesdiff.data.folder import Entry, listed
 from bayesdiff.data.framing import UNREADABLE, Framing
-from bayesdiff.data.items import LABELS, PROMPTS, checked, collated, framed, is_array, parts
-from bayesdiff.data.labels import numbered
+from bayesdiff.data.items import LABELS, PROMPTS, checked, collated, framed, is_array, is_picture, opened, parts
+from bayesdiff.data.labels import in_order, numbered
 
 Batch = tuple[Tensor, dict[str, Any]]
 _PEEK = 64  # images that are looked at to see what their range is
@@ -97,18 +98,23 @@ class Items:
     ) -> None:
         self.sequence, self.framing, self.names = sequence, framing, names
         self.length: int | None = len(sequence)
+        self._labels: list[Any] = []
         if scan:
             problems = [(f"image {i}", why) for i in range(self.length) if (why := self._problem(i)) is not None]
             if problems:
                 raise listed(name, problems, self.length)
+            if not names and any(isinstance(label, str) for label in self._labels):
+                self.names = in_order([label for label in self._labels if isinstance(label, str)])
         with torch.random.fork_rng(devices=[]):  # data that are drawn at random are looked at, not used up
             few = [parts(sequence[i])[0] for i in range(min(self.length, _PEEK))]
         _check_few(few, framing)
 
     def _problem(self, number: int) -> str | None:
         try:
-            image, _ = parts(self.sequence[number])
-            if isinstance(image, Image.Image):
+            image, rest = parts(self.sequence[number])
+            self._labels.append(rest.get(LABELS))
+            if is_picture(image):
+                image = opened(image)
                 why = self.framing.problem(image)
                 if why is None:
                     image.load()
@@ -136,14 +142,16 @@ class Items:
 
 
 class Whole:
-    """All images in one tensor or array."""
+    """All images in one tensor or array; or, not ``whole``, some of them."""
 
-    def __init__(self, images: Any, rest: Mapping[str, Any], framing: Framing, names: Mapping[str, int] | None) -> None:
-        images = images if is_array(images) else torch.as_tensor(images)
+    def __init__(
+        self, images: Any, rest: Mapping[str, Any], framing: Framing, names: Mapping[str, int] | None, *, whole: bool = True
+    ) -> None:  # fmt: skip
+        images = _as_array(images)
         if images.ndim == 0:
             raise ShapeError("expected images (n, channels, height, width), got a scalar")
         self.images, self.framing = images, framing
-        self.rest = checked(images, rest, names)
+        self.rest = checked(images, rest, names, whole=whole)
         self.length: int | None = len(images)
         framing.check_range("images", images)
 
@@ -176,17 +184,27 @@ class Stream:
 
     def _whole(self, size: int) -> Iterator[Whole]:
         """Each batch, however large it came."""
-        if not self.single:
-            for number, batch in enumerate(self.iterable):
+        batches = iter(self.iterable)
+        ahead = list(itertools.islice(batches, 1))
+        whole, given = itertools.chain(ahead, batches), self.single or not ahead
+        if not given and isinstance(ahead[0], list) and all(isinstance(image, Image.Image) for image in ahead[0]):
+            whole, given = itertools.chain.from_iterable(whole), True  # lists of PIL images
+        if not given and not is_picture(parts(ahead[0])[0]):
+            for number, batch in enumerate(whole):
                 images, rest = parts(batch)
-                images = images if is_array(images) else torch.as_tensor(images)
+                images = _as_array(images)
                 if images.ndim == 0 or len(images):
                     # Only the first is asked whether a negative number is there: a small one may have none.
-                    yield Whole(images, rest, self.framing, self.names) if not number else _Later(images, rest, self)
+                    first = not number
+                    yield (
+                        Whole(images, rest, self.framing, self.names, whole=False)
+                        if first
+                        else _Later(images, rest, self)
+                    )
             return
         items: list[tuple[Any, dict[str, Any]]] = []
         count = 0
-        for item in self.iterable:
+        for item in whole:
             items.append(parts(item))
             if len(items) == size:
                 yield self._joined(items, count)
@@ -213,6 +231,22 @@ class _Later(Whole):
         self.images, self.framing = images, framing or stream.framing
         self.rest = checked(images, rest, stream.names)
         self.length = len(images)
+
+
+def _as_array(images: Any) -> Any:
+    """A tensor or array of images, also from nested lists.
+
+    Raises:
+        ArgumentError: It is something else.
+    """
+    if is_array(images):
+        return images
+    try:
+        return torch.as_tensor(images)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ArgumentError(
+            f"expected images as an array or tensor, a list of images or of files, got {type(images).__name__} ({error})"
+        ) from error
 
 
 def _check_few(images: Sequence[Any], framing: Framing) -> None:

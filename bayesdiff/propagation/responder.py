@@ -174,7 +174,7 @@ class Responder:
         batch, _, size = self.measured[nodes[0]].chosen.directions.shape
         number = sum(self.measured[n].chosen.directions.shape[1] for n in nodes)
         if 2 * number < size:
-            self._project(nodes, batch, 2 * number, size)
+            self._project(nodes, batch)
         self._responses = {n: [] for n in nodes}
         for group in self.groups(batch):
             pairs = []
@@ -186,19 +186,19 @@ class Responder:
             for n, response in zip(nodes, found, strict=True):
                 self._responses[n].append(response.to(self.dtype))
 
-    def _project(self, nodes: list[int], batch: int, number: int, size: int) -> None:
+    def _project(self, nodes: list[int], batch: int) -> None:
         """From now on all algebra is done in coordinates of what was measured; the vectors themselves are not kept."""
-        rows, place = self.measured[nodes[0]].chosen.directions.new_empty(batch, number, size), 0
-        slices = {}
+        slices: dict[int, tuple[slice, slice]] = {}
+        parts: list[Tensor] = []
+        place = 0
         for n in nodes:
             m = self.measured[n]
             assert m.images is not None
             p = m.images.shape[1]
             slices[n] = slice(place, place + p), slice(place + p, place + 2 * p)
-            rows[:, slices[n][0]], rows[:, slices[n][1]] = m.chosen.directions, m.images
-            m.chosen, m.images = replace(m.chosen, directions=rows[:, slices[n][0]]), rows[:, slices[n][1]]  # not twice
+            parts += [m.chosen.directions, m.images]
             place += 2 * p
-        self._spans = [Span.of(rows[g]) for g in self.groups(batch)]
+        self._spans = [Span.of([part[g] for part in parts]) for g in self.groups(batch)]
         self._width = max(s.coordinates.shape[2] for s in self._spans)
         coordinates = torch.cat([_padded(s.coordinates, self._width) for s in self._spans])
         for n, (directions, images) in slices.items():

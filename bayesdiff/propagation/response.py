@@ -142,7 +142,7 @@ class Directions:
         """From ``(B, K, P)`` deviations and the weights of the mixture, ``(K,)``."""
         number = min(num_directions, *deltas.shape[1:])
         probe = number < min(deltas.shape[1:])
-        products = gram(deltas)
+        products = gram([deltas])
         directions = _principal(deltas, products, number - probe)
         if probe:
             mixed = (mixture.to(deltas.device, deltas.dtype) @ deltas).double().unsqueeze(1)
@@ -214,12 +214,13 @@ def _leading(rows: Tensor, number: int) -> Tensor:
     return torch.linalg.eigh(rows @ rows.mT).eigenvectors[:, :, -kept:].mT @ rows
 
 
-def gram(rows: Tensor) -> Tensor:
-    """Inner products of ``(B, m, P)``: ``(B, m, m)``, summed in float64 a chunk of P at a time."""
-    total = rows.new_zeros(len(rows), rows.shape[1], rows.shape[1], dtype=torch.float64)
-    for some in rows.split(CHUNK, dim=2):
-        part = some.double()
-        total.baddbmm_(part, part.mT)
+def gram(parts: Sequence[Tensor]) -> Tensor:
+    """Inner products of some ``(B, m_i, P)`` together: ``(B, m, m)``, summed in float64 a chunk of P at a time."""
+    number = sum(part.shape[1] for part in parts)
+    total = parts[0].new_zeros(len(parts[0]), number, number, dtype=torch.float64)
+    for first in range(0, parts[0].shape[2], CHUNK):
+        some = torch.cat([part[..., first : first + CHUNK].double() for part in parts], dim=1)
+        total.baddbmm_(some, some.mT)
     return total
 
 

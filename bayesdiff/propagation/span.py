@@ -9,6 +9,7 @@ hundred numbers. Directions are unit vectors and images as small as the deviatio
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,25 +31,25 @@ class Span:
     coordinates: Tensor
 
     @classmethod
-    def of(cls, rows: Tensor) -> Span:
-        """The span of ``(B, m, P)``. Of dimensions that one sample has less, others have zeros.
+    def of(cls, parts: Sequence[Tensor]) -> Span:
+        """The span of some ``(B, m_i, P)`` together. Of dimensions that one sample has less, others have zeros.
 
         Of each vector at most 3·√ε is left out, ε the rounding of the rows' dtype: a thousandth in float32.
         """
-        products = gram(rows)
+        products = gram(parts)
         norms = products.diagonal(dim1=1, dim2=2).sqrt().unsqueeze(2)
         scale = torch.where(norms > 0, norms, 1.0)
         values, vectors = torch.linalg.eigh(products / scale / scale.mT)
-        kept = values > 8 * torch.finfo(rows.dtype).eps
+        kept = values > 8 * torch.finfo(parts[0].dtype).eps
         size = torch.where(kept, values, 1.0).sqrt()
         vectors = vectors * kept.unsqueeze(1)
         number = int(kept.sum(1).max())
         vectors, size = vectors[..., len(values[0]) - number :], size[:, len(values[0]) - number :]
         combined = (vectors / scale).mT / size.unsqueeze(2)
-        basis = rows.new_zeros(len(rows), number, rows.shape[2])
-        for places in torch.arange(rows.shape[2], device=rows.device).split(CHUNK):
-            some = slice(int(places[0]), int(places[-1]) + 1)
-            basis[..., some] = combined @ rows[..., some].double()
+        basis = parts[0].new_zeros(len(norms), number, parts[0].shape[2])
+        for first in range(0, basis.shape[2], CHUNK):  # never a copy of all parts
+            some = slice(first, first + CHUNK)
+            basis[..., some] = combined @ torch.cat([part[..., some].double() for part in parts], dim=1)
         return cls(basis, scale * vectors * size.unsqueeze(1))
 
     def into(self, delta: Tensor) -> Tensor:

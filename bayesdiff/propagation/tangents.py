@@ -43,8 +43,8 @@ from bayesdiff.tracing.memory import give_back
 from bayesdiff.tracing.network import Box, Session
 from bayesdiff.tracing.rerun import tensors
 
-#: Directions are chosen from no more draws than these.
-CHOOSING = 128
+#: Directions are chosen from no more draws than these; of large samples, from as many as take no more bytes, or the fewest.
+CHOOSING, CHOOSING_BYTES, FEWEST = 128, 2**25, 32
 #: What errors make of the map is followed along no more draws than these.
 FOLLOWED = 32
 #: Draws are carried together as long as their tangents of one sample take no more bytes than this.
@@ -91,7 +91,9 @@ class TangentRun:
 
     def measure(self, function: Callable[..., Any] | None = None) -> None:
         """The run that measures."""
-        self._draws = slice(0, self.draws if self.exact else CHOOSING)
+        row = max(f[:1].numel() for f in floating(self.session.network.calls[0].output))  # the same in any batch
+        few = max(FEWEST, CHOOSING_BYTES // (4 * row))
+        self._draws = slice(0, self.draws if self.exact else min(CHOOSING, few))
         self.session.replay(self._network, self._component, function)
         by_box: dict[int, list[Responder]] = {}
         for (box, _), module in self._modules.items():

@@ -26,7 +26,7 @@ def main(
     results: Annotated[Path, typer.Option(help="Folder for results.json and samples.png.")] = Path(
         "experiments/train_fashion_4step"
     ),
-    updates: Annotated[int, typer.Option(help="Optimiser steps of all stages together.", min=10)] = 1200,
+    updates: Annotated[int, typer.Option(help="Optimiser steps of all stages together.", min=10)] = 800,
     dataset_size: Annotated[int, typer.Option(help="Train on the first so many images.", min=1)] = 8192,
     seed: Annotated[int, typer.Option(help="Of the training and of the checks.")] = 0,
 ) -> None:

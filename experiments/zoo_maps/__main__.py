@@ -9,6 +9,7 @@ of the tangents; the ensemble's two halves, compared with each other, say what a
 
 from __future__ import annotations
 
+import textwrap
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -26,8 +27,8 @@ from experiments.common import agreement, command, record, results_folder, table
 
 PROMPTS = {
     "earth-sd": (
-        "sea", "coast of a desert", "snow and ice", "forest in the tropics", "mountains", "an island in the tropics",
-        "grassland", "desert",
+        "open sea in the tropics", "an island in the sea", "sea and coast, desert", "desert in the subtropics",
+        "forest in the tropics", "grassland in the temperate north", "forest with mountains", "ice and snow, polar",
     ),
     "fashion-4step": ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Bag", "Ankle boot"),
 }  # fmt: skip
@@ -124,7 +125,7 @@ def plot(prompts: list[str], output: bayesdiff.UncertaintyOutput, reference: Ten
         axes[0, column].imshow(picture if picture.shape[-1] == 3 else picture[..., 0], cmap="gray", vmin=0, vmax=1)
         for row, m in enumerate(maps, 1):
             axes[row, column].imshow(m, cmap="inferno", vmin=0, vmax=top)
-        axes[0, column].set_title(prompt.replace(" in the ", "\nin the ").replace(" of a ", "\nof a "), fontsize=8)
+        axes[0, column].set_title("\n".join(textwrap.wrap(prompt, 17)), fontsize=8)
         axes[2, column].set_xlabel(f"0 – {top:.2g}", fontsize=7)
         for axis in axes[:, column]:
             axis.set(xticks=[], yticks=[])

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from bayesdiff.checks import ArgumentError, BadImagesError, EmptyDataError, UnknownNameError
+from bayesdiff.checks import ArgumentError, BadImagesError, BayesdiffWarning, EmptyDataError, UnknownNameError
 from bayesdiff.data import Framing, open_images
 from bayesdiff.data.folder import read_folder_of_images
 from tests.data.conftest import pictures, write
@@ -56,8 +56,61 @@ def test_labels_by_name_are_the_models_numbers(folder):
 def test_folders_are_classes_in_the_order_of_their_names(folder):
     for name in ("zebra", "ant"):
         write(folder / name, pictures(n=2))
-    _, rest = whole(open_images(folder, None, FRAMING))
+    with pytest.warns(BayesdiffWarning, match="in the order of their names: 'ant' 0, 'zebra' 1"):
+        _, rest = whole(open_images(folder, None, FRAMING))
     assert rest["class_labels"].tolist() == [0, 0, 1, 1]
+
+
+def test_folders_that_are_numbers_must_be_in_order(folder):
+    for name in ("0", "1", "2", "10"):
+        write(folder / name, pictures(n=1))
+    with pytest.raises(ArgumentError, match="'10' 2, '2' 3: give each image its number"):
+        open_images(folder, None, FRAMING)
+    (folder / "10").rename(folder / "3")
+    with pytest.warns(BayesdiffWarning):
+        assert whole(open_images(folder, None, FRAMING))[1]["class_labels"].tolist() == [0, 1, 2, 3]
+
+
+def test_links_are_followed(folder, tmp_path):
+    write(folder / "cat", pictures(n=1))
+    write(tmp_path / "elsewhere", pictures(n=2))
+    (folder / "dog").symlink_to(tmp_path / "elsewhere")
+    (folder / "cat" / "again").symlink_to(folder)
+    assert [e.label for e in read_folder_of_images(folder)] == ["cat", "dog", "dog"]
+    (folder / "dog" / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    with pytest.raises(BadImagesError, match=r"dog/gone\.png: a link to nothing"):
+        open_images(folder, None, FRAMING)
+
+
+def test_names_in_the_metadata_that_are_written_otherwise(folder):
+    write(folder, pictures(n=3))
+    (folder / "1.png").rename(folder / "cafe\u0301.png")
+    rows = [{"file_name": n, "text": "a"} for n in ("./0.png", "caf\u00e9.png", "x/../2.png")]
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert len(read_folder_of_images(folder)) == 3
+    (folder / "metadata.jsonl").write_text(json.dumps({"file_name": str(folder / "0.png"), "text": "a"}))
+    with pytest.raises(BadImagesError, match="not in the folder: file_name is relative to it"):
+        read_folder_of_images(folder)
+
+
+def test_a_caption_with_commas_that_is_not_quoted(folder):
+    write(folder, pictures(n=1))
+    (folder / "metadata.csv").write_text("file_name,text\n0.png,a sea, with waves\n")
+    with pytest.raises(
+        BadImagesError, match=r"more cells than columns in metadata\.csv: texts with commas must be in quotes"
+    ):
+        open_images(folder, None, FRAMING)
+
+
+def test_a_transparent_colour(folder):
+    image = pictures(n=1)[0]
+    image.putpixel((0, 0), (1, 2, 3))
+    folder.mkdir()
+    image.save(folder / "0.png", transparency=(1, 2, 3))
+    with pytest.raises(BadImagesError, match="with a transparent colour"):
+        open_images(folder, None, Framing(channels=3))
+    (out,) = next(open_images(folder, None, Framing(channels=3, convert=True)).batches(1))[0]
+    assert out[:, 0, 0].tolist() == [1, 1, 1]
 
 
 def test_text_files_beside_images(folder):

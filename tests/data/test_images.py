@@ -9,7 +9,14 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
-from bayesdiff.checks import ArgumentError, BadImagesError, NonFiniteError, ShapeError, UnknownNameError
+from bayesdiff.checks import (
+    ArgumentError,
+    BadImagesError,
+    BayesdiffWarning,
+    NonFiniteError,
+    ShapeError,
+    UnknownNameError,
+)
 from bayesdiff.data import Framing, open_images
 from bayesdiff.data.model import framing_of, resolution
 from tests.data.conftest import pictures, pixels, write
@@ -280,3 +287,83 @@ def test_the_model_says_what_it_takes(name, size, channels):
 
 def test_one_line():
     assert repr(open_images(pictures(), None, FRAMING)) == "ImageData(items, 5 images)"
+
+
+NAMED = ["ice", "sea", "sea", "coast", "ice"]
+NUMBERED = [1, 2, 2, 0, 1]
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda: [{"image": p, "label": c} for p, c in zip(pictures(), NAMED, strict=True)],
+        lambda: {"images": pictures(), "label": NAMED},
+        lambda: {"images": pixels(), "label": np.array(NAMED)},
+    ],
+)
+def test_names_of_classes_are_one_numbering_for_all_batches(form):
+    with pytest.warns(BayesdiffWarning, match="'coast' 0, 'ice' 1, 'sea' 2"):
+        data = open_images(form(), None, FRAMING)
+    assert whole(data)[1]["class_labels"] == NUMBERED
+    assert whole(open_images(form(), None, FRAMING, names={"sea": 5, "coast": 7, "ice": 9}))[1]["class_labels"] == [
+        9, 5, 5, 7, 9,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", [Stored, Streamed])
+def test_names_of_classes_that_come_one_by_one_are_not_numbered(kind):
+    items = [{"image": p, "label": c} for p, c in zip(pictures(), NAMED, strict=True)]
+    with pytest.raises(ArgumentError, match="numbers where the model names no classes, got 'ice'"):
+        whole(open_images(kind(items), None, FRAMING))
+
+
+def test_files_beside_what_belongs_to_them(tmp_path):
+    folder = write(tmp_path / "images", pictures())
+    names = [folder / f"{i}.png" for i in range(N)]
+    forms = (
+        list(zip(map(str, names), TEXTS, strict=True)), {"images": names, "prompts": TEXTS},
+        [{"image": str(n), "text": t} for n, t in zip(names, TEXTS, strict=True)],
+        Stored(list(zip(names, TEXTS, strict=True))), iter(list(zip(pictures(), TEXTS, strict=True))),
+    )  # fmt: skip
+    for form in forms:
+        out, rest = whole(open_images(form, None, FRAMING))
+        assert torch.equal(out, EXPECTED)
+        assert rest == {"prompts": TEXTS}
+    with pytest.raises(BadImagesError, match="image 1: cannot be read"):
+        open_images([(str(names[0]), "a"), ("gone.png", "b")], None, FRAMING)
+
+
+def test_batches_that_are_lists_of_pictures():
+    for size in (2, 3):
+        batches = [pictures()[i : i + size] for i in range(0, N, size)]
+        for form in (batches, iter(batches)):
+            assert torch.equal(whole(open_images(form, None, FRAMING))[0], EXPECTED)
+
+
+@pytest.mark.parametrize(
+    ("form", "message"),
+    [
+        (lambda: [(p, None) for p in pictures()], "a caption or an integer label"),
+        (
+            lambda: Stored([{"image": p, "label": i or None} for i, p in enumerate(pictures())]),
+            "got None .* as number 0",
+        ),
+        (lambda: [{"image": p, "label": 10**30} for p in pictures()], "integers or names of classes"),
+        (lambda: {"images": "photos"}, "an array or tensor, a list of images or of files, got str"),
+        (lambda: np.array([None, 1], dtype=object), "arrays of numbers, got object"),
+        (lambda: [[*pictures()[:1], None]], "beside an image, got NoneType"),
+    ],
+)
+def test_what_is_no_image_or_label(form, message):
+    with pytest.raises(ArgumentError, match=message):
+        whole(open_images(form(), None, FRAMING))
+
+
+def test_arrays_and_prompts_of_other_kinds():
+    x = np.linspace(-1, 1, N * 3 * 64, dtype=np.float32).reshape(N, 3, 8, 8)
+    assert torch.equal(whole(open_images(x.astype(">f4"), None, FRAMING))[0], torch.from_numpy(x))
+    assert whole(open_images(x, np.array(TEXTS), FRAMING))[1] == {"prompts": TEXTS}
+    assert whole(open_images(x, list(np.array(LABELS)), FRAMING))[1] == {"class_labels": LABELS}
+    assert whole(open_images([(p, np.int64(i)) for i, p in enumerate(x)], None, FRAMING))[1] == {
+        "class_labels": list(range(N))
+    }

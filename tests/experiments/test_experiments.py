@@ -147,7 +147,7 @@ def test_links_in_the_experiment():
 
 def test_the_clock_of_a_fit():
     network = cases.tiny_unet(channels=1)
-    data = {"images": torch.rand(6, 1, 8, 8, generator=torch.Generator().manual_seed(0))}
+    data = {"images": torch.rand(6, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1}
     clock = fit_overhead.timed_fit(network, cases.scheduler(), data, 2, structure="full", covariance="ggn")
     assert 0 < clock.network < clock.whole_pass < clock.total
     assert not network._forward_hooks

@@ -15,7 +15,7 @@ def test_coordinates_keep_all_inner_products(shape: tuple[int, ...], dtype: torc
     rows = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
     if shape[1] > 3:
         rows[:, 2] = rows[:, 0] - 2 * rows[:, 1]  # a dependent one
-    span = Span.of(rows)
+    span = Span.of(rows.split(4, dim=1))
     tolerance = {"rtol": 0, "atol": 1e-9 if dtype == torch.float64 else 1e-2}
     torch.testing.assert_close(span.coordinates @ span.coordinates.mT, rows.double() @ rows.double().mT, **tolerance)
     other = torch.randn(shape[0], 4, shape[2], generator=generator, dtype=torch.float64).to(dtype)
@@ -28,7 +28,7 @@ def test_coordinates_keep_all_inner_products(shape: tuple[int, ...], dtype: torc
 
 
 def test_nothing_spans_nothing() -> None:
-    span = Span.of(torch.zeros(2, 3, 5))
+    span = Span.of([torch.zeros(2, 3, 5)])
     assert float(span.into(torch.ones(2, 1, 5)).abs().sum()) == 0.0
     added = torch.ones(2, 1, 5)
     assert torch.equal(span.out_of(span.into(added), added), added)
@@ -38,6 +38,6 @@ def test_small_vectors_are_kept_beside_large_ones() -> None:
     """Directions have the length 1, images that of the deviations: a tight posterior's must not be taken for rounding."""
     rows = torch.randn(2, 6, 50, generator=torch.Generator().manual_seed(0))
     rows[:, 3:] *= 1e-6
-    span = Span.of(rows)
+    span = Span.of(rows.split(4, dim=1))
     back = span.out_of(span.coordinates.float(), torch.zeros_like(rows))
     assert float(((back - rows).norm(dim=2) / rows.norm(dim=2)).max()) < 3e-3

@@ -60,10 +60,12 @@ def test_samples_follow_their_prompts(earth, scale):
     ]
     images = sample(pipe, [word for word in words for _ in range(3)], scale)
     sea, desert, ice, forest = images.reshape(4, -1, 3).mean(1)
-    assert sea[2] > sea[0] + 0.1
+    assert sea[2] > 2 * sea[0]
+    assert sea.mean() < 0.3
     assert desert[0] > desert[2] + 0.1
-    assert desert.mean() > 0.4
-    assert ice.min() > 0.75
+    assert desert.mean() > 0.35
+    assert ice.min() > (0.5 if scale == 1 else 0.75)  # without guidance snow is patchy, as in many of its pictures
+    assert ice.max() - ice.min() < 0.1
     assert forest[1] > max(forest[0], forest[2])
     assert forest.mean() < 0.35
 
@@ -74,7 +76,11 @@ def test_a_saved_pipeline_is_the_same(earth, tmp_path):
     again = zoo.load_text_pipeline(tmp_path)
     assert type(again) is type(pipe)
     prompts = ["an island in the sea"]
-    assert np.array_equal(sample(pipe, prompts, 3.0, steps=3), sample(again, prompts, 3.0, steps=3))
+    for name, module in pipe.components.items():
+        if isinstance(module, torch.nn.Module):
+            same = getattr(again, name).state_dict()
+            assert all(value.equal(same[key]) for key, value in module.state_dict().items())
+    assert np.allclose(sample(pipe, prompts, 3.0, steps=3), sample(again, prompts, 3.0, steps=3), atol=1e-5)
 
 
 def test_the_vae_keeps_held_out_images(earth):
