@@ -48,10 +48,11 @@ class NetworkIdentity:
     @torch.no_grad()
     def of(cls, network: nn.Module) -> NetworkIdentity:
         """The identity of a network as it is now."""
-        tensors = _tensors(network)
+        tensors, away = _tensors(network), _on_disk(network)
         groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
         for number, tensor in enumerate(tensors.values()):
-            groups.setdefault((tensor.device, tensor.dtype), []).append(number)
+            if tensor.data_ptr() not in away:
+                groups.setdefault((tensor.device, tensor.dtype), []).append(number)
         samples = torch.full((len(tensors), SAMPLES), float("nan"), dtype=torch.float64)
         values = list(tensors.values())
         for (device, dtype), numbers in groups.items():
@@ -102,6 +103,19 @@ def _tensors(network: nn.Module) -> dict[str, Tensor]:
         if isinstance(value, Tensor) and value.numel()
     }
     return dict(sorted(found.items()))
+
+
+def _on_disk(network: nn.Module) -> set[int]:
+    """Where tensors lie that are on disk until a layer runs (diffusers' group offloading): memory that nobody wrote to."""
+    away: set[int] = set()
+    for module in network.modules():
+        for hook in getattr(getattr(module, "_diffusers_hook", None), "hooks", {}).values():
+            group = getattr(hook, "group", None)
+            if getattr(group, "offload_to_disk_path", None):
+                members = [*group.parameters, *group.buffers]
+                members += [t for m in group.modules for t in (*m.parameters(), *m.buffers())]
+                away.update(t.data_ptr() for t in members)
+    return away
 
 
 def _layout(tensors: dict[str, Tensor]) -> str:

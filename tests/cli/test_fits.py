@@ -69,7 +69,8 @@ def test_a_saved_pipeline_from_a_folder_of_pictures_to_a_map(name, saved, tmp_pa
     own = bd.fit(
         made(name), data, dataset_size=100, batch_size=16, generator=torch.Generator().manual_seed(0), progress=False
     )
-    torch.testing.assert_close(kept.precision, own.precision, rtol=1e-4, atol=1e-4 * float(own.precision.abs().max()))
+    spread = [p.deviations(64, torch.Generator().manual_seed(0)).square().mean(0) for p in (kept, own)]
+    torch.testing.assert_close(*spread, rtol=1e-3, atol=1e-3 * float(spread[1].max()))
     record = json.loads((tmp_path / "posterior/settings.json").read_text())
     assert record["command"] == "fit"
     assert record["settings"]["model"] == name

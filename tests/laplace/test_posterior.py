@@ -57,7 +57,8 @@ def posterior(case, dtype=torch.float64, **kwargs):
 @pytest.mark.parametrize("case", LAYERS, ids=str)
 def test_variance_equals_explicit_jacobian(case, structure, covariance):
     bins, images = layout(case)
-    for dtype, tolerance in ((torch.float64, 1e-9), (torch.float32, 1e-5)):
+    # The nearest Kronecker product is found by an iteration, which ends before rounding does.
+    for dtype, tolerance in ((torch.float64, 1e-8 if structure == "kron" else 1e-9), (torch.float32, 1e-5)):
         for size in (None, 10 * len(case.inputs)):
             fitted = posterior(
                 case, dtype, structure=structure, covariance=covariance, dataset_size=size, prior_precision=0.7
@@ -406,7 +407,7 @@ def test_save_and_load(tmp_path, structure, covariance):
     assert torch.equal(loaded.variance(case.inputs), fitted.variance(case.inputs))
     assert loaded.log_marginal_likelihood() == fitted.log_marginal_likelihood()
     seeds = [torch.Generator().manual_seed(2) for _ in range(2)]
-    assert torch.equal(loaded.sample(3, seeds[0]), fitted.sample(3, seeds[1]))
+    torch.testing.assert_close(loaded.sample(3, seeds[0]), fitted.sample(3, seeds[1]), rtol=1e-9, atol=1e-12)
     for name in (
         "structure",
         "covariance",
