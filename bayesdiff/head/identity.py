@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -110,7 +111,7 @@ def _on_disk(network: nn.Module) -> set[int]:
     away: set[int] = set()
     for module in network.modules():
         for hook in getattr(getattr(module, "_diffusers_hook", None), "hooks", {}).values():
-            group = getattr(hook, "group", None)
+            group: Any = getattr(hook, "group", None)
             if getattr(group, "offload_to_disk_path", None):
                 members = [*group.parameters, *group.buffers]
                 members += [t for m in group.modules for t in (*m.parameters(), *m.buffers())]

@@ -331,8 +331,8 @@ class Session:
 def asked_again(calls: int, evaluations: int) -> int:
     """Which call is made again: one whose distance from now has no small factor.
 
-    A cache that skips every second call, or every third or fifth, would be asked in its own rhythm otherwise, and answer the same;
-    so it would if no other call lay between.
+    A cache that skips every second call, or every third or fifth, would be asked in its own rhythm otherwise, and answer the
+    same; so it would if no other call lay between.
     """
 
     def rhythms(n: int) -> int:
