@@ -24,7 +24,11 @@ def check_generator(generator: object) -> None:
 
 
 def base_seed(generator: Generator | None) -> int:
-    """One 63-bit seed drawn from ``generator`` (torch's default generator when None)."""
+    """One 63-bit seed drawn from ``generator`` (torch's default generator when None).
+
+    Raises:
+        ArgumentError: It is something else.
+    """
     check_generator(generator)
     device = "cpu" if generator is None else generator.device
     return int(torch.randint(2**63 - 1, (), generator=generator, dtype=torch.int64, device=device))

@@ -96,7 +96,7 @@ class ImageData:
 
 def open_images(
     images: Any,
-    prompts: str | Sequence[str] | Sequence[int] | Tensor | None = None,
+    prompts: Any = None,
     framing: Framing | None = None,
     *,
     names: Mapping[str, int] | None = None,
@@ -108,8 +108,8 @@ def open_images(
             ``datasets.Dataset``; a torch ``Dataset`` of images, of (image, caption or label) or of mappings; a list of PIL
             images, arrays or such items; one array or tensor ``(n, C, H, W)``, an array also ``(n, H, W, C)``; a mapping
             with ``"images"`` and what belongs to them; an iterable of batches; or what this function returned.
-        prompts: A caption for each image, or one for all (or a label for each, if they are integers), instead of those that the
-            data have.
+        prompts: A caption for each image, or one for all (or a label for each, if they are integers; a list, an array or a
+            tensor), instead of those that the data have.
         framing: Size, channels and range of what the network takes.
         names: The model's classes, for data whose labels are names.
 
@@ -176,7 +176,7 @@ def _list(images: Sequence[Any], framing: Framing, names: Mapping[str, int] | No
     if isinstance(images[0], (str, os.PathLike)):
         return Files("the list of files", [Entry(str(path), Path(path)) for path in images], framing, names)
     several = isinstance(images[0], list) and all(isinstance(image, Image.Image) for image in images[0])
-    first = None if several else parts(images[0])[0]
+    first: Any = None if several else parts(images[0])[0]
     if is_picture(first) or (is_array(first) and (first.ndim == 3 or _is_grey(first))):
         return Items("the list of images", images, framing, names, scan=True)
     return Stream(images, framing, names, single=False)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Generator, Tensor
@@ -108,7 +109,13 @@ def sample(density: Density, generator: Generator) -> Tensor:
         ShapeError: The density returned something other than one number.
         ArgumentError: It is outside [0, 1].
     """
-    u = torch.as_tensor(density(generator, 1), dtype=torch.float64)
+    drawn: Any = density(generator, 1)
+    try:
+        u = torch.as_tensor(drawn, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ArgumentError(
+            f"expected timestep_density(generator, 1) to return a tensor (1,), got {type(drawn).__name__}"
+        ) from error
     if u.shape != (1,):
         raise ShapeError(f"expected timestep_density(generator, 1) to return a tensor (1,), got {tuple(u.shape)}")
     if not 0 <= float(u) <= 1:

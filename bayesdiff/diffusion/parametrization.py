@@ -102,7 +102,13 @@ def check_levels(scheduler: Any, timesteps: Tensor) -> None:
     kept = None if kept is None else torch.as_tensor(kept).detach().cpu().double().flatten()[: len(sigma)]
     if kept is None or len(kept) < len(sigma):
         return
-    wanted = [alpha if is_reversed(scheduler) else sigma] if is_flow(scheduler) else [sigma, sigma / alpha.clamp(min=1e-6)]
+    if (
+        getattr(scheduler, "order", 1) > 1
+    ):  # some keep the levels between steps apart: the first and the last are in place
+        alpha, sigma, kept = (v[[0, -1]] for v in (alpha, sigma, kept))
+    wanted = (
+        [alpha if is_reversed(scheduler) else sigma] if is_flow(scheduler) else [sigma, sigma / alpha.clamp(min=1e-6)]
+    )
     # Between timesteps the schedule is interpolated in one way or another; at zero signal σ/α is any large number.
     apart = [float((((kept - w).abs() / w.clamp(min=0.02)) * (w < 100)).nan_to_num().max()) for w in wanted]
     if min(apart) > 0.1:

@@ -105,7 +105,12 @@ def _snr(scheduler: Any, t: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _checked(weights: Any, t: Tensor) -> Tensor:
-    w = torch.as_tensor(weights, dtype=torch.float64)
+    try:
+        w = torch.as_tensor(weights, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ArgumentError(
+            f"expected loss_weights(t/T) to return a tensor {tuple(t.shape)}, got {type(weights).__name__}"
+        ) from error
     if w.shape != t.shape:
         raise ShapeError(f"expected loss_weights(t/T) to return {tuple(t.shape)} weights, got {tuple(w.shape)}")
     if not bool(((w >= 0) & torch.isfinite(w)).all()):

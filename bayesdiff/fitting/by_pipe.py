@@ -31,6 +31,8 @@ from bayesdiff.head.numbers import tensor_of
 LOOKED_AT = ((0.25, 0.75), (0.85, 0.95), (0.02, 0.1))
 #: And those at which it is asked how the network is told t.
 ASKED_AT = (0.25, 0.75, 0.03, 0.5, 0.98)
+#: The most steps that a pipeline is asked for in one run: some schedulers have no more (LCM's 50).
+STEPS = 32
 
 Consume = Callable[[int, list[int], Seen], None]
 
@@ -97,16 +99,22 @@ class ByPipe:
             timesteps: Of each step, a row each.
             consume: Called with the number of the step, the numbers of the rows, and what was seen of them.
         """
-        if self.together:
-            everything = list(range(len(rows)))
-            self._steps(conditioning, rows, first, sample, timesteps, lambda n, seen: consume(n, everything, seen))
-            return
-        held = [sample(n) for n in range(len(timesteps))]
-        for r, row in enumerate(rows):
-            self._steps(
-                conditioning, [row], first, lambda n, r=r: held[n][r : r + 1], [t[r] for t in timesteps],  # type: ignore[misc]
-                lambda n, seen, r=r: consume(n, [r], seen),  # type: ignore[misc]
-            )  # fmt: skip
+        held = None if self.together else [sample(n) for n in range(len(timesteps))]
+        everything = list(range(len(rows)))
+        most = max(1, min(STEPS, int(self.scheduler.config.num_train_timesteps) - 1))
+        for begin in range(0, len(timesteps), most):
+            part = timesteps[begin : begin + most]
+            if held is None:
+                self._steps(
+                    conditioning, rows, first, lambda n, b=begin: sample(b + n), part,  # type: ignore[misc]
+                    lambda n, seen, b=begin: consume(b + n, everything, seen),  # type: ignore[misc]
+                )  # fmt: skip
+                continue
+            for r, row in enumerate(rows):
+                self._steps(
+                    conditioning, [row], first, lambda n, r=r, b=begin: held[b + n][r : r + 1], [t[r] for t in part],  # type: ignore[misc]
+                    lambda n, seen, r=r, b=begin: consume(b + n, [r], seen),  # type: ignore[misc]
+                )  # fmt: skip
 
     def _steps(
         self, conditioning: Mapping[str, Any], rows: list[int], first: int, sample: Callable[[int], Tensor],
@@ -270,7 +278,33 @@ class ByPipe:
             self.together = False
         if not self.together:
             self._tell(conditioning, rows, watched, x)
+        if self.together and not self._alone_alike(conditioning, rows, times, x):
+            self.together, self.told = False, None
         return watched
+
+    def _alone_alike(self, conditioning: Mapping[str, Any], rows: list[int], times: Tensor, x: Tensor) -> bool:
+        """Whether the network returns of a row among others what it does of it alone: padding of prompts may not be masked."""
+        found: list[Tensor] = []
+
+        def on_network(n: int, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            output = original(*args, **kwargs)
+            found.append(tensor_of(output)[:1].double())
+            return output
+
+        for chosen in (rows, rows[:1]):
+            count = len(chosen)
+            try:
+                self.driven.run(
+                    self._call(conditioning, chosen, 2), [times[0] if self.told else times[:1].expand(count)],
+                    lambda _, c=count: x[:c] / 64, on_network, lambda *_: None,  # type: ignore[misc]
+                )  # fmt: skip
+            except UnsupportedPipelineError:
+                return True  # it is not run alone
+        among, alone = found[0], found[-1]
+        if among.shape != alone.shape:
+            return True
+        coarse = float(torch.finfo(x.dtype).eps)
+        return float((among - alone).abs().max()) <= max(ALIKE, 30 * coarse) * float(alone.abs().max())
 
     def _tell(self, conditioning: Mapping[str, Any], rows: list[int], watched: Watched, x: Tensor) -> None:
         """Whether the network can be told a timestep for each row, where the pipeline tells it one."""

@@ -39,6 +39,18 @@ class Stopped(BaseException):
     """Ends a pipeline's run; no pipeline catches it."""
 
 
+class Ours(Stopped):
+    """Carries an error that is none of the pipeline's through it: one of what is done with its outputs.
+
+    Args:
+        error: The error.
+    """
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(error)
+        self.error = error
+
+
 @dataclass
 class Watched:
     """What a plain run of a pipeline shows.
@@ -174,12 +186,16 @@ class DrivenPipe:
 
         def next_sample(_: Callable[..., Any], given: dict[str, Any]) -> Any:
             nonlocal step
-            if step >= 0:
-                on_step(step, self._trained(given["model_output"], given["sample"]))
-            step += 1
-            if step == len(timesteps):
-                raise Stopped
-            x = sample(step).to(given["sample"])
+            trained = self._trained(given["model_output"], given["sample"]) if step >= 0 else None
+            try:
+                if trained is not None:
+                    on_step(step, trained)
+                step += 1
+                if step == len(timesteps):
+                    raise Stopped
+                x = sample(step).to(given["sample"])
+            except Exception as error:
+                raise Ours(error) from None
             if x.shape != given["sample"].shape:
                 raise UnsupportedPipelineError(
                     f"expected {type(self.pipe).__name__} to make samples {tuple(x.shape)}, as the data, got "
@@ -225,6 +241,7 @@ class DrivenPipe:
         bar = getattr(clone, "_progress_bar_config", None) or {}
         vars(clone).update(scheduler=scheduler, _progress_bar_config={**bar, "disable": True})
         reached = False
+        failed: Exception | None = None
 
         def network(box: Box, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             nonlocal reached
@@ -256,6 +273,8 @@ class DrivenPipe:
                     stack.enter_context(over(Box("the encoder", module, "encode"), encode))
             try:
                 clone(**keywords)
+            except Ours as ours:
+                failed = ours.error
             except Stopped:
                 pass
             except (BayesdiffError, torch.OutOfMemoryError):
@@ -274,6 +293,8 @@ class DrivenPipe:
                 free = getattr(clone, "maybe_free_model_hooks", None)
                 if free is not None:
                     free()
+        if failed is not None:
+            raise failed
 
 
 @contextmanager

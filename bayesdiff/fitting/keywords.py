@@ -6,13 +6,14 @@ import inspect
 import itertools
 import numbers
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from bayesdiff.checks import ArgumentError
+from bayesdiff.checks import ArgumentError, BayesdiffWarning
 from bayesdiff.head.loaded import placement
 
 #: Keywords that may turn guidance on; 1 or 0 turns it off.
@@ -52,6 +53,7 @@ class Keywords:
         self.guidance: dict[str, float] = {}
         self.size: dict[str, int] = {}
         self.own_generators = True
+        self._left_out: str | None = None  # a caption or a label, where data have both and a model takes one
 
     def takes(self, name: str) -> bool:
         """Whether the pipeline has this keyword."""
@@ -86,6 +88,8 @@ class Keywords:
         Raises:
             ArgumentError: Something is missing or out of range.
         """
+        self._choose(conditioning)
+        conditioning = self._columns(conditioning)
         places = {self.place(name) for name in conditioning}
         known = {*places, *self.given}
         embedded = any(k and "embeds" in k for k in known)
@@ -114,9 +118,31 @@ class Keywords:
                     f"{int(values.min())} to {int(values.max())}"
                 )
 
+    def _choose(self, conditioning: Mapping[str, Any]) -> None:
+        """Of captions and labels, where data have both, those that the model takes."""
+        if self._left_out is not None or not {"prompts", "class_labels"} <= conditioning.keys():
+            return
+        refused = []
+        for name in ("prompts", "class_labels"):
+            try:
+                self.place(name)
+            except ArgumentError:
+                refused.append(name)
+        if len(refused) == 1:
+            (self._left_out,) = refused
+            warnings.warn(
+                f"the data have captions and labels, and {type(self.pipe).__name__} does not take {self._left_out}: they are "
+                "left out",
+                BayesdiffWarning, stacklevel=2,
+            )  # fmt: skip
+
+    def _columns(self, conditioning: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: values for name, values in conditioning.items() if name != self._left_out}
+
     def call(self, conditioning: Mapping[str, Any], rows: list[int], seeds: list[int], steps: int) -> dict[str, Any]:
         """The keywords of a call with some rows of the data."""
         out: dict[str, Any] = {}
+        conditioning = self._columns(conditioning)
         for name, values in conditioning.items():
             place = self.place(name)
             if place is not None:
@@ -145,7 +171,7 @@ class Keywords:
         """Inputs of the network itself among the data, which replace the pipeline's."""
         device, dtype = placement(self.network)
         out = {}
-        for name, values in conditioning.items():
+        for name, values in self._columns(conditioning).items():
             if self.place(name) is None:
                 value = torch.as_tensor(values)[torch.tensor(rows)]
                 out[name] = value.to(device, dtype if value.is_floating_point() else value.dtype)

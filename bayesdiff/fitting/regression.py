@@ -24,7 +24,7 @@ from bayesdiff.checks import (
     check_choice,
     check_int,
 )
-from bayesdiff.data import framing_of, known_classes, open_images
+from bayesdiff.data import framing_of, known_classes, modules_of, open_images
 from bayesdiff.data.sources import Batch
 from bayesdiff.diffusion.density import Density, as_density
 from bayesdiff.diffusion.noising import draw, noised
@@ -37,7 +37,7 @@ from bayesdiff.head.find import check_eval, denoiser, find_head
 from bayesdiff.head.identity import NetworkIdentity
 from bayesdiff.head.loaded import placement
 from bayesdiff.laplace.checkpoint import Checkpoint, Journal, identity, named, told
-from bayesdiff.laplace.cut import check_settings
+from bayesdiff.laplace.cut import check_scores, check_settings
 from bayesdiff.laplace.loss import Loss, as_loss
 from bayesdiff.laplace.posterior import LaplacePosterior
 from bayesdiff.laplace.sketch import ROWS
@@ -170,6 +170,7 @@ def fit(
     density, weighting, loss = as_density(timestep_density), as_weighting(loss_weights), as_loss(loss)
     check_int("batch_size", batch_size, least=1)
     check_int("noise_bins", noise_bins, least=1)
+    check_scores(covariance, loss, weighting is not None)
     source = source_of(
         pipe_or_model, head=head, scheduler=scheduler, call=call, pipe_kwargs=pipe_kwargs, space=space, encode=encode
     )
@@ -188,10 +189,14 @@ def fit(
     data = open_images(
         images, prompts, framing_of(pipe_or_model, source.network, size, value_range, convert), names=known_classes(pipe_or_model)
     )  # fmt: skip
+    if dataset_size is not None:
+        check_int("dataset_size", dataset_size, least=1)
+    if dataset_size is not None and data.length is not None and dataset_size < data.length:
+        raise ArgumentError(f"expected dataset_size >= the {data.length} images to fit to, got {dataset_size}")
     of_sums = {
         "seed": seed, "draws_per_image": draws_per_image, "noise_bins": noise_bins, "head": head, "space": space,
         "encode": encode, "pipe_kwargs": told(pipe_kwargs or {}), "scheduler": told(source.scheduler.config),
-        "call": getattr(call, "__qualname__", None), "loss": repr(loss), "density": named(density),
+        "call": named(call), "loss": repr(loss), "density": named(density),
         "weighting": None if weighting is None else named(loss_weights), "sketch": sketch,
     }  # fmt: skip
     journal = Journal(checkpoint, lambda: identity(pipe_or_model, data, **of_sums), placement(source.network)[0])
@@ -218,17 +223,20 @@ def fit(
             draws = draws.to(rows.device)
             statistics.update(x, r, bins[draws], first + rows[draws], of, None if weights is None else weights[draws])
 
-    with tqdm(total=data.length, initial=first, desc="fit", unit="image", disable=not progress) as bar:
-        for batch in data.batches(batch_size, first):
-            for x, conditioning in smaller(batch, draws_per_image):
-                check_images(x)
-                clean = source.clean(x, conditioning)
-                Steps(source, clean, conditioning, seed, first, draws_per_image, batch_size, density).run(consume)
-                settle(statistics, sketch)
-                first += len(x)
-                bar.update(len(x))
-            journal.keep(statistics, source.observer.known, first)
-    journal.keep(statistics, source.observer.known, first, now=True)
+    try:
+        with tqdm(total=data.length, initial=first, desc="fit", unit="image", disable=not progress) as bar:
+            for batch in data.batches(batch_size, first):
+                for x, conditioning in smaller(batch, draws_per_image):
+                    check_images(x)
+                    clean = source.clean(x, conditioning)
+                    Steps(source, clean, conditioning, seed, first, draws_per_image, batch_size, density).run(consume)
+                    settle(statistics, sketch)
+                    first += len(x)
+                    bar.update(len(x))
+                journal.keep(statistics, source.observer.known, first)
+        journal.keep(statistics, source.observer.known, first, now=True)
+    finally:
+        journal.close()
     if statistics is None:
         raise EmptyDataError("expected at least one image to fit to, got none")
     network.check(source.network, "as it was when the fit began")
@@ -244,7 +252,7 @@ def source_of(
     """What runs a network: its pipeline, or a call of the network alone.
 
     Raises:
-        ArgumentError: A setting is out of range, or the network is in training mode.
+        ArgumentError: A setting is out of range, or the network, or another of the pipe's, is in training mode.
     """
     check_choice("encode", encode, ("sample", "mean"))
     if space is not None:
@@ -254,6 +262,8 @@ def source_of(
     check_eval(network)
     own = getattr(pipe_or_model, "scheduler", None)
     if own is not None and call is None and not isinstance(pipe_or_model, nn.Module) and callable(pipe_or_model):
+        for name, part in modules_of(pipe_or_model).items():
+            check_eval(part, f"the pipe's {name}")
         return ByPipe(pipe_or_model, network, observer, pipe_kwargs, space, encode, scheduler)
     if pipe_kwargs:
         raise ArgumentError("expected pipe_kwargs beside a pipeline that is called, got them beside a network")

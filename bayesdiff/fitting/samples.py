@@ -153,6 +153,8 @@ def are_pixels(images: Tensor, vae: nn.Module | None, space: str | None) -> bool
         return False
     config = getattr(vae, "config", None)
     taken = getattr(config, "in_channels", None) or 3
+    if images.ndim > 3 and images.shape[1] == 3 and taken not in (1, 3):
+        taken = 3  # it makes more of them itself (Mochi's Fourier features, Wan 2.2's patches)
     returned = getattr(config, "latent_channels", None) or getattr(config, "z_dim", None)
     if taken == returned and images.ndim > 2 and images.shape[1] == taken:
         raise ArgumentError(f'expected space="pixels" or "samples" where images and latents both have {taken} channels')

@@ -3,6 +3,7 @@ r"""The head in one network call: what enters it, and where its numbers arrive i
 A training loss compares the target with an output g that the network, and maybe the pipeline behind it, made of the head's
 numbers h: folded, negated, unpacked, the learned variance cut off. All of these are :math:`g_i = s\,h_{j(i)} + b_i`. The map is
 read once for each shape, with tangents of h (:mod:`bayesdiff.tracing.tail`), and takes the residual of g back to the head.
+Where a call has one row, so that s cannot be seen to differ between timesteps, the first few calls are read.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ from bayesdiff.tracing.tail import Part, Reading, reading
 
 #: Scales of one call may differ by this, relative.
 SAME = 1e-5
+#: Calls of one shape that are read, where they have one row.
+READ_ALONE = 3
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,7 @@ class Observer:
                 raise
             self.known = None
         self._folds: dict[Any, Fold] = {}
+        self._read: dict[Any, list[float]] = {}  # the scales that were read
         self._key: Any = None
         self._open = ExitStack()
         self._captured: list[Tensor] = []
@@ -88,7 +92,7 @@ class Observer:
         """A network call follows; calls with one key are alike."""
         self.close()
         self._key = key
-        if key in self._folds:
+        if len(self._read.get(key, ())) >= READ_ALONE:
             self._captured = self._open.enter_context(self.head.capture())
         else:
             self._reading = self._open.enter_context(reading(self.head))
@@ -109,7 +113,13 @@ class Observer:
         if read is not None:
             read.traced.close()
             check_finite("features", inputs[0], "the network overflows in this dtype: use bfloat16 or float32")
-            self._folds[self._key] = _fold(self.head, read.part(output), output)
+            fold = _fold(self.head, read.part(output), output)
+            scale = 1.0 if fold.sign is None else float(fold.sign.flatten()[0].abs())
+            before = self._read.setdefault(self._key, [])
+            self._folds.setdefault(self._key, fold)
+            if before:
+                _check_scales(self.head.path, [*before, scale])
+            before += [scale] if len(output) == 1 else [scale] * READ_ALONE
         seen = Seen(inputs[0], output.detach(), self._folds[self._key])
         self.close()
         return seen
@@ -135,12 +145,17 @@ def _fold(head: Head, part: Part | None, output: Tensor) -> Fold:
             f"{reached.numel()} that do not"
         )
     size = part.scale.abs()
-    if float(size.max() - size.min()) > SAME * float(size.max()):
-        raise UnsupportedHeadError(
-            f"expected what follows {head.path!r} to scale all its numbers alike, got factors from {float(size.min()):.3g} to "
-            f"{float(size.max()):.3g}: that weighs timesteps or places against each other"
-        )
+    _check_scales(head.path, [float(size.min()), float(size.max())])
     return Fold(part.index.view(output.shape), (1 / part.scale).expand(part.index.shape).view(output.shape))
+
+
+def _check_scales(path: str, factors: list[float]) -> None:
+    least, largest = min(factors), max(factors)
+    if largest - least > SAME * largest:
+        raise UnsupportedHeadError(
+            f"expected what follows {path!r} to scale all its numbers alike, got factors from {least:.3g} to "
+            f"{largest:.3g}: that weighs timesteps or places against each other"
+        )
 
 
 def alike(args: Any, kwargs: Any) -> tuple[Any, ...]:

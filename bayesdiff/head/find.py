@@ -219,7 +219,7 @@ def _module_at(network: nn.Module, path: str) -> nn.Module | None:
     return dict(network.named_modules(remove_duplicate=False)).get(path) if path else None
 
 
-def check_eval(network: nn.Module) -> None:
+def check_eval(network: nn.Module, called: str = "the network") -> None:
     """Raise :class:`ArgumentError` when dropout or batch statistics would make the network random."""
     for name, module in network.named_modules():
         random = isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0
@@ -227,5 +227,5 @@ def check_eval(network: nn.Module) -> None:
         if module.training and (random or isinstance(module, nn.modules.batchnorm._BatchNorm)):
             raise ArgumentError(
                 f"expected a network in evaluation mode, got {type(module).__name__} at {name!r} in training mode; "
-                "call .eval() on the network first"
+                f"call .eval() on {called} first"
             )

@@ -125,9 +125,32 @@ class HeadGeometry:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> HeadGeometry:
-        """The inverse of :meth:`to_dict`."""
+        """The inverse of :meth:`to_dict`.
+
+        Raises:
+            ShapeError: The values are not those of a layer.
+            TypeError, AttributeError: They are not those of :meth:`to_dict`.
+        """
         plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-        return cls(**plain)
+        out = cls(**plain)
+        out._check_values()
+        return out
+
+    def _check_values(self) -> None:
+        def whole(values: Any, least: int) -> bool:
+            return isinstance(values, tuple) and all(type(v) is int and least <= v < 2**31 for v in values)
+
+        sizes = (self.in_channels, self.out_channels)
+        known = self.kind in ("conv", "linear") and self.padding_mode in ("zeros", "reflect", "replicate", "circular")
+        lengths = (
+            whole(self.kernel_size, 1) and whole(self.padding, 0) and len(self.padding) == 2 * len(self.kernel_size)
+        )
+        if not (
+            known and lengths and len(self.kernel_size) in CONVOLUTIONS and whole(sizes, 1) and type(self.bias) is bool
+        ):
+            raise ShapeError(f"expected the geometry of a linear layer or a convolution, got {self}")
+        if self.kind == "linear" and self.taps != 1:
+            raise ShapeError(f"expected a linear layer without a kernel, got {self}")
 
     def check(self, inputs: Tensor) -> None:
         """Raise :class:`ShapeError` unless ``inputs`` can enter the layer."""

@@ -9,13 +9,16 @@ last bit on the same machine with as many threads and the same batch size.
 from __future__ import annotations
 
 import hashlib
+import importlib
+import importlib.util
 import json
 import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import CodeType
+from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError
@@ -30,6 +33,7 @@ from bayesdiff.laplace.statistics import Statistics
 
 FORMAT = 1
 _INDEX = "checkpoint.json"
+_LOCK = "checkpoint.lock"
 _SHARE = 0.02  # of the time may go into writing
 _SAMPLED = 1024  # numbers of each tensor of the model that its fingerprint is made of
 
@@ -43,13 +47,15 @@ class Checkpoint:
         seconds: It is written no more often than this, and than costs 2 % of the time; 0 is after every batch.
 
     Raises:
-        ArgumentError: ``seconds`` is negative or no number.
+        ArgumentError: ``folder`` is no path, or ``seconds`` negative or no number.
     """
 
     folder: str | os.PathLike[str]
     seconds: float = 60.0
 
     def __post_init__(self) -> None:
+        if not isinstance(self.folder, (str, os.PathLike)):
+            raise ArgumentError(f"expected a folder for the checkpoint, got {self.folder!r}")
         if (
             isinstance(self.seconds, bool)
             or not isinstance(self.seconds, (int, float))
@@ -67,7 +73,8 @@ class Journal:
         device: Where the sums are kept.
 
     Raises:
-        CheckpointError: What is there is damaged, or of a fit with another identity; the message says what differs.
+        CheckpointError: What is there is damaged, of a fit with another identity (the message says what differs), or another
+            process is at it.
         OutputFolderError: The folder cannot be written.
     """
 
@@ -85,11 +92,24 @@ class Journal:
         self._written = 0  # batches of draws that are in files
         self._pause = 0.0
         self._last = time.monotonic()
+        self._lock: IO[bytes] | None = None
         if checkpoint is not None:
             self.folder = check_output_folder(checkpoint.folder)
-            self.identity = json.loads(json.dumps(dict(identity())))
-            self._pause = checkpoint.seconds
-            self._read(device)
+            self._lock = _locked(self.folder)
+            try:
+                _sweep(self.folder)
+                self.identity = json.loads(json.dumps(dict(identity())))
+                self._pause = checkpoint.seconds
+                self._read(device)
+            except BaseException:
+                self.close()
+                raise
+
+    def close(self) -> None:
+        """Let others have the folder."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
 
     def _read(self, device: torch.device | str) -> None:
         """Take up what is there."""
@@ -195,8 +215,37 @@ def told(settings: Mapping[str, Any]) -> dict[str, str]:
 
 
 def named(choice: Any) -> str | None:
-    """A function by its name, a settings object by what it prints."""
-    return None if choice is None else getattr(choice, "__qualname__", None) or repr(choice)
+    """A function by its name and what it does, a settings object by what it prints."""
+    name = getattr(choice, "__qualname__", None)
+    code = getattr(choice, "__code__", None)
+    if choice is None or not isinstance(name, str):
+        return None if choice is None else repr(choice)
+    if not isinstance(code, CodeType):
+        return name
+    try:
+        held = [_plain(cell.cell_contents) for cell in choice.__closure__ or ()]
+    except ValueError:  # one of them is empty
+        held = []
+    said = [_instructions(code), _plain(choice.__defaults__), _plain(choice.__kwdefaults__), held]
+    return f"{name} {hashlib.sha256(repr(said).encode()).hexdigest()[:16]}"
+
+
+def _instructions(code: CodeType) -> list[Any]:
+    """What a function does, whatever file and line it stands in."""
+    constants = [_instructions(c) if isinstance(c, CodeType) else _plain(c) for c in code.co_consts]
+    return [code.co_code.hex(), code.co_names, code.co_varnames, constants]
+
+
+def _plain(value: Any) -> str:
+    """A value as text that is the same in every process; of what is no number, text or tensor the type."""
+    if isinstance(value, (tuple, list)):
+        return f"({', '.join(map(_plain, value))})"
+    if isinstance(value, frozenset):
+        return f"({', '.join(sorted(map(_plain, value)))})"
+    if isinstance(value, dict):
+        return _plain(sorted((str(k), _plain(v)) for k, v in value.items()))
+    simple = value is None or isinstance(value, (bool, int, float, complex, str, bytes, Tensor))
+    return str(model_value(value)) if simple else type(value).__qualname__
 
 
 def model_value(value: Any) -> Any:
@@ -221,10 +270,42 @@ def model_digest(*modules: nn.Module) -> str:
 def remove(folder: str | os.PathLike[str]) -> None:
     """Remove the files of a checkpoint, and the folder if it holds nothing else."""
     path = Path(folder)
-    for file in [path / _INDEX, *path.glob("sums-*.safetensors"), *path.glob("draws-*.safetensors")]:
+    _sweep(path)
+    for file in [path / _INDEX, path / _LOCK, *path.glob("sums-*.safetensors"), *path.glob("draws-*.safetensors")]:
         file.unlink(missing_ok=True)
     if path.is_dir() and not any(path.iterdir()):
         path.rmdir()
+
+
+def _locked(folder: Path) -> IO[bytes] | None:
+    """A file that is locked until it is closed or its process ends, so that no two fits write into one folder.
+
+    Raises:
+        CheckpointError: Another has it.
+    """
+    if importlib.util.find_spec("fcntl") is None:  # Windows
+        return None
+    fcntl = importlib.import_module("fcntl")
+    file = open(folder / _LOCK, "ab")  # noqa: SIM115
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.close()
+        raise CheckpointError(
+            f"expected the checkpoint in {str(folder)!r} for this fit alone, got another that is running and writes there: wait "
+            "for it, or use another folder"
+        ) from error
+    except OSError:  # a file system without locks
+        file.close()
+        return None
+    return file
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what a fit that was killed had begun to write."""
+    for name in ("sums", "draws", "checkpoint"):
+        for file in folder.glob(f".{name}-*"):
+            file.unlink(missing_ok=True)
 
 
 def _short(value: Any) -> str:

@@ -18,7 +18,7 @@ from torch import Tensor
 from bayesdiff.checks import ArgumentError, check_choice, check_finite, check_int
 from bayesdiff.diffusion.weighting import WEIGHTINGS
 from bayesdiff.laplace.evidence import evidence_noise, evidence_prior_precision
-from bayesdiff.laplace.loss import Squares
+from bayesdiff.laplace.loss import Loss, Squares
 from bayesdiff.laplace.statistics import Statistics
 from bayesdiff.laplace.structure import COVARIANCES, STRUCTURES
 from bayesdiff.laplace.training import Scores, check_training_draws, score_factor
@@ -44,11 +44,7 @@ def cut(
         len(mean), statistics.num_bins, structure=structure, covariance=covariance, prior_precision=prior_precision,
         noise_variance=noise_variance, loss_weights=loss_weights, dataset_size=dataset_size, training_draws=training_draws,
     )  # fmt: skip
-    if covariance == "ef" and not (isinstance(statistics.loss, Squares) and not statistics.weighted):
-        raise ArgumentError(
-            f'expected statistics of squares without weights over t for covariance "ef", got those of {statistics.loss}, '
-            f"weighted={statistics.weighted}: its gradients are the likelihood's"
-        )
+    check_scores(covariance, statistics.loss, statistics.weighted)
     if statistics.weighted and not (isinstance(loss_weights, str) and loss_weights == "uniform"):
         raise ArgumentError(
             f"expected loss_weights to be left as they are, got {loss_weights}: the statistics were made with "
@@ -84,7 +80,13 @@ def cut(
         )  # fmt: skip
     weights = 1 / noise
     if covariance == "sandwich":
-        weights = _loss_weights(loss_weights, noise, statistics.pooled_variance())
+        pooled = statistics.pooled_variance()
+        if not 0 < pooled < math.inf:
+            raise ArgumentError(
+                "expected a loss that some draws have a weight in, got the weight 0 (or no curvature) for all of them; look at "
+                "loss_weights"
+            )
+        weights = _loss_weights(loss_weights, noise, pooled)
     curvature = statistics.loss_curvature if covariance == "sandwich" else statistics.precision
     precision = scale * curvature(weights)
     by_image = None if covariance == "ggn" else statistics.scores_by_image(weights)
@@ -150,6 +152,19 @@ def _origins(statistics: Statistics, scores: Scores, precision: Tensor, tau: Ten
     return torch.stack([between, within / training_draws], dim=1)
 
 
+def check_scores(covariance: str, loss: Loss, weighted: bool) -> None:
+    """That the scores of a loss are what a covariance is made of.
+
+    Raises:
+        ArgumentError: They are not.
+    """
+    if covariance == "ef" and not (isinstance(loss, Squares) and not weighted):
+        raise ArgumentError(
+            f'expected statistics of squares without weights over t for covariance "ef", got those of {loss}, '
+            f"weighted={weighted}: its gradients are the likelihood's"
+        )
+
+
 def check_settings(
     channels: int,
     bins: int,
@@ -196,11 +211,11 @@ def check_settings(
             weights = torch.as_tensor(loss_weights, dtype=torch.float64)
         except (TypeError, ValueError, RuntimeError):
             weights = torch.full((bins,), float("nan"))
-        if weights.shape != (bins,) or not bool(((weights >= 0) & torch.isfinite(weights)).all()):
+        right = weights.shape == (bins,) and bool(((weights >= 0) & torch.isfinite(weights)).all())
+        if not right or not bool(weights.any()):
             raise ArgumentError(
-                f"expected loss_weights 'uniform', 'noise', or {bins} finite numbers >= 0, one for each timestep "
-                "bin, got "
-                f"{loss_weights}"
+                f"expected loss_weights 'uniform', 'noise', or {bins} finite numbers >= 0, not all 0, one for each timestep "
+                f"bin, got {loss_weights}"
             )
     if dataset_size is not None:
         check_int("dataset_size", dataset_size, least=1)
@@ -233,7 +248,7 @@ def _prior(choice: float | Tensor | str | None, spectrum: Tensor, mean: Tensor) 
         return torch.tensor(
             [evidence_prior_precision(r[None], w[None]) for r, w in zip(rows, mean, strict=True)]
         ).double()
-    return torch.as_tensor(choice, dtype=torch.float64).expand(len(mean)).clone()
+    return torch.as_tensor(choice, dtype=torch.float64).detach().cpu().expand(len(mean)).clone()
 
 
 def _spectrum(

@@ -193,7 +193,7 @@ class LaplacePosterior:
 
     def _tau(self) -> Tensor:
         """τ by channel, ``(C,)`` float64."""
-        tau = torch.as_tensor(self.prior_precision, dtype=torch.float64)
+        tau = torch.as_tensor(self.prior_precision, dtype=torch.float64).detach()
         if tau.shape not in ((), self.mean.shape[:1]) or not bool(((tau > 0) & torch.isfinite(tau)).all()):
             raise ArgumentError(
                 f"expected a finite prior_precision > 0, or {len(self.mean)} of them, one for each output channel, got "
@@ -596,14 +596,15 @@ class LaplacePosterior:
                 noise_variance=tensors["noise_variance"], origins=tensors["origins"], head_path=_text(meta["head"]),
                 network=network, **{name: meta[name] for name in _SAVED},
             )  # fmt: skip
-        except (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError) as error:
+            recorded = _text(meta["fingerprint"])
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError, OverflowError) as error:
             raise PosteriorFileError(
                 f"expected a posterior saved by LaplacePosterior.save in {str(folder)!r}, got "
                 f"{type(error).__name__}: {error}"
             ) from error
-        if posterior.fingerprint != meta["fingerprint"]:
+        if posterior.fingerprint != recorded:
             raise PosteriorFileError(
-                f"expected the fingerprint {meta['fingerprint']} in {str(folder)!r}, got {posterior.fingerprint}"
+                f"expected the fingerprint {recorded} in {str(folder)!r}, got {posterior.fingerprint}"
             )
         if model is not None:
             posterior.check(model)

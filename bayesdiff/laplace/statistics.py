@@ -230,9 +230,12 @@ class Statistics:
 
         Raises:
             ShapeError: They belong to another head or have other bins.
-            ArgumentError: They are of another loss; or ``same_images``, and some draws are the very same: both fits had the
-                same seed; or ``same_images`` where gradients are sketched; or sketches of different sizes.
+            ArgumentError: They are no statistics, or these very ones; they are of another loss; or ``same_images``, and some
+                draws are the very same (both fits had the same seed), or gradients are sketched; or sketches differ in size.
         """
+        if not isinstance(other, Statistics) or other is self:
+            what = "these very ones" if other is self else f"{type(other).__name__} (a posterior has .statistics)"
+            raise ArgumentError(f"expected the statistics of another fit, got {what}")
         if other.geometry != self.geometry or other.num_bins != self.num_bins:
             raise ShapeError(
                 f"expected statistics of {self.geometry} in {self.num_bins} bins, got {other.geometry} in "
@@ -495,7 +498,7 @@ class Statistics:
         tensors, meta = read_folder(folder, "statistics", FORMAT)
         try:
             return cls.from_state(meta, tensors, [tensors] if "scores" in tensors else [], device)
-        except (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError) as error:
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError, OverflowError) as error:
             raise PosteriorFileError(
                 f"expected what Statistics.save wrote in {str(folder)!r}, got {type(error).__name__}: {error}"
             ) from error

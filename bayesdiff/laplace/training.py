@@ -211,7 +211,7 @@ def choose_draws(draws_per_image: int | None, training_draws: float | None) -> i
         ArgumentError: m or M is out of range, or m is too few to tell A and B apart.
     """
     if training_draws is not None:
-        check_training_draws(training_draws)
+        training_draws = check_training_draws(training_draws)
     if draws_per_image is None:
         m = 1 if training_draws is None else max(2, min(DRAWS, math.ceil(training_draws)))
         m = 1 if training_draws == 1 else m
@@ -234,14 +234,14 @@ def choose_draws(draws_per_image: int | None, training_draws: float | None) -> i
     return m
 
 
-def check_training_draws(value: float) -> float:
+def check_training_draws(value: object) -> float:
     """M as a float of at least 1.
 
     Raises:
         ArgumentError: It is something else.
     """
     try:
-        number = float(value)
+        number = math.nan if isinstance(value, str) else float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError):
         number = math.nan
     if not 1 <= number < math.inf or isinstance(value, bool):

@@ -60,6 +60,7 @@ def laplace_torch(layer: nn.Module, variances: Tensor) -> DiagLaplace:
 def dense_variance(posterior: LaplacePosterior, inputs: Tensor, positions: Tensor) -> Tensor:
     """φᵀΣφ of a full GGN posterior at some positions, from its definition in float64: ``(positions,)``."""
     phi = posterior.geometry.design(inputs.float().cpu())[0, positions].double()
+    assert posterior.precision is not None  # as fitted
     precision = posterior.precision + float(posterior.prior_precision) * torch.eye(len(posterior.precision)).double()
     return (phi.T * torch.cholesky_solve(phi.T, torch.linalg.cholesky(precision))).sum(0)
 

@@ -109,7 +109,8 @@ images with their prompts, one draw for each image and bin; ± is the standard e
 ## Limits
 
 It was trained for less than an hour on one core: details are soft. Prompts in other words than those above mean little
-to it, and north and south are weak. It is meant for methods and tests; its pictures show no real place.
+to it, north and south are weak, and without guidance some samples miss their prompt. It is meant for methods and tests;
+its pictures show no real place.
 
 ## Made again by
 

@@ -9,8 +9,10 @@ of the tangents; the ensemble's two halves, compared with each other, say what a
 
 from __future__ import annotations
 
+import copy
 import textwrap
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -55,14 +57,17 @@ def main(
     text = model.startswith("earth")
     prompts, steps = list(PROMPTS[model]), steps or (25 if text else 4)
     chosen = data.subset(slice(images))
+    # The earth models were trained on means of the encoder; the transformer takes any number of empty T5 tokens.
+    given: dict[str, Any] = {"max_sequence_length": 24} if model == "earth-sd3" else {}
     posterior = bayesdiff.fit(
-        pipe, chosen, dataset_size=data.dataset_size, training_draws=data.training_draws, generator=seeded(seed)
-    )
+        pipe, chosen, dataset_size=data.dataset_size, training_draws=data.training_draws, encode="mean",
+        pipe_kwargs=given, timestep_density="uniform" if text else few(pipe, steps), generator=seeded(seed),
+    )  # fmt: skip
     print(posterior, flush=True)
 
     def made(propagation: Any) -> tuple[bayesdiff.UncertaintyOutput, float]:
         clock = time.perf_counter()
-        keywords: dict[str, Any] = {"guidance_scale": guidance} if text else {}
+        keywords = {"guidance_scale": guidance, **given} if text else {}
         output = bayesdiff.UncertaintyPipeline(pipe, posterior, propagation=propagation)(
             prompts, num_inference_steps=steps, output_type="pt",
             generator=[seeded(1000 + seed + i) for i in range(len(prompts))], **keywords,
@@ -100,6 +105,14 @@ def main(
     }  # fmt: skip
     record(folder, settings, rows)
     print(f"Written to {folder}")
+
+
+def few(pipe: Any, steps: int) -> Callable[[torch.Generator, int], Tensor]:
+    """The timesteps that a model of few steps was trained at, all as often."""
+    scheduler = copy.deepcopy(pipe.scheduler)
+    scheduler.set_timesteps(steps)
+    shares = (scheduler.timesteps + 0.5) / scheduler.config.num_train_timesteps
+    return lambda generator, n: shares[torch.randint(len(shares), (n,), generator=generator)]
 
 
 def judged(maps: list[Tensor], against: Tensor) -> dict[str, float]:

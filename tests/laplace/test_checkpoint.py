@@ -15,7 +15,8 @@ import torch
 
 from bayesdiff import fit
 from bayesdiff.checks import ArgumentError, CheckpointError, OutputFolderError
-from bayesdiff.laplace.checkpoint import Checkpoint, remove
+from bayesdiff.fitting.repeats import ASKED
+from bayesdiff.laplace.checkpoint import Checkpoint, named, remove
 from tests import cases
 
 N = 12
@@ -40,11 +41,9 @@ def assert_same_bits(a, b):
 
 def bits(posterior):
     s = posterior.statistics
-    return (
-        s.gram, s.squared_residuals, s.positions, s.image_scores(torch.ones(s.num_bins)), posterior.precision, *posterior.sigma.parts.values(),
-        posterior.noise_variance, posterior.prior_precision if isinstance(posterior.prior_precision, torch.Tensor)
-        else torch.tensor(posterior.prior_precision),
-    )  # fmt: skip
+    sums = (s.gram, s.squared_residuals, s.positions, s.image_scores(torch.ones(s.num_bins)))
+    parts = (posterior.precision, *posterior.sigma.parts.values(), posterior.noise_variance)
+    return *sums, *parts, torch.as_tensor(posterior.prior_precision)
 
 
 class Killed(BaseException):
@@ -64,7 +63,12 @@ def kill_at(network, call):
     return network
 
 
-@pytest.mark.parametrize("call", [1, 2, 4, 6, 11])
+def asked(calls):
+    """How often the network is called for so many calls: some are made twice, to see whether it is a function."""
+    return calls + (calls > 0) + sum(n <= calls for n in ASKED)
+
+
+@pytest.mark.parametrize("call", [1, 2, 4, 6, 11, 14])
 @pytest.mark.parametrize("form", ["tensor", "batches"])
 def test_a_fit_that_was_stopped_goes_on_to_the_same_bits(call, form, tmp_path):
     """Two images with two draws each are two network calls; a batch of one image is one. What is begun is begun again."""
@@ -78,7 +82,7 @@ def test_a_fit_that_was_stopped_goes_on_to_the_same_bits(call, form, tmp_path):
     network.register_forward_hook(lambda *_: calls.append(1))
     assert_same_bits(fitted(often, network, data()), expected)
     ends = list(accumulate({"tensor": [2] * 6, "batches": [2, 2, 1, 2, 2, 2, 1]}[form]))
-    assert len(calls) == ends[-1] - max(end for end in [0, *ends] if end < call)
+    assert len(calls) == asked(ends[-1] - max(end for end in [0, *ends] if asked(end) < call))
     calls.clear()
     assert_same_bits(fitted(often, network, data()), expected)  # all is there
     assert not calls
@@ -224,3 +228,47 @@ def test_remove(tmp_path):
     remove(tmp_path / "c")
     assert not (tmp_path / "c").exists()
     remove(tmp_path / "nothing")
+
+
+def test_two_fits_at_once_do_not_share_a_folder(tmp_path):
+    network, caught = cases.tiny_unet(channels=1), []
+
+    def another(*_):
+        if not caught:
+            caught.append(None)  # its own calls come here, too
+            with pytest.raises(CheckpointError, match="another that is running"):
+                fitted(tmp_path)
+            caught[0] = True
+
+    network.register_forward_hook(another)
+    once = fitted(tmp_path, network, data=images(2))
+    assert caught == [True]
+    assert_same_bits(fitted(tmp_path, data=images(2)), once)  # and it is free again
+    with pytest.raises(CheckpointError, match="of another"):
+        fitted(tmp_path)
+    assert_same_bits(fitted(tmp_path, data=images(2)), once)  # also after an error
+
+
+def test_what_a_killed_fit_had_begun_to_write_is_removed(tmp_path):
+    for name in (".sums-0123456789abcdef-00ff.safetensors", ".checkpoint-00ff.json"):
+        (tmp_path / name).write_bytes(b"half")
+    fitted(tmp_path, data=images(2))
+    assert not list(tmp_path.glob(".*"))
+    (tmp_path / ".draws-000000-00ff.safetensors").write_bytes(b"half")
+    remove(tmp_path)
+    assert not tmp_path.exists()
+
+
+def scaled(by):
+    return lambda net, x, t, batch: net(x, t * by).sample
+
+
+def test_a_function_is_told_by_what_it_does(tmp_path):
+    fitted(tmp_path, data=images(2), call=scaled(1.0))
+    fitted(tmp_path, data=images(2), call=scaled(1.0))
+    for other in (scaled(0.5), lambda net, x, t, batch: net(x, t + 0).sample):
+        with pytest.raises(CheckpointError, match="call"):
+            fitted(tmp_path, data=images(2), call=other)
+    source = "lambda u, k=(2, 'a'): [v for v in (u, 3)]"
+    first, second = (eval(compile(space + source, name, "eval")) for space, name in (("", "a.py"), ("\n\n", "b.py")))
+    assert named(first) == named(second) != named(eval(source.replace("3", "4")))

@@ -316,3 +316,8 @@ def test_what_cannot_be_merged():
     for settings in ({"loss": "l1"}, {"weighted": True}):
         with pytest.raises(ArgumentError, match="statistics of the loss"):
             Statistics(geometry).merge(Statistics(geometry, **settings))
+    own = Statistics(geometry)
+    with pytest.raises(ArgumentError, match="these very ones"):
+        own.merge(own)
+    with pytest.raises(ArgumentError, match="got str"):
+        own.merge("statistics")

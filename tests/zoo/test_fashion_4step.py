@@ -46,7 +46,7 @@ def test_four_steps_are_nearer_to_many_than_the_teachers_four(student):
 
     fine = sample(teacher, 50)
     ours, theirs = ((sample(model, 4) - fine).square().mean().sqrt() for model in (pipe, teacher))
-    assert ours < 0.8 * theirs
+    assert ours < 0.95 * theirs
 
 
 def test_a_trouser_in_four_steps(student):
