@@ -9,7 +9,8 @@ say. The ridge is the posterior's, and so are loss, weights and density of t. Be
 other settings make of the same sums.
 
 Under another loss or density than the model's own (``--settle``) the head is first refitted under them, on draws of its own: a
-posterior is that of a minimum.
+posterior is that of a minimum. A network that was trained on a few timesteps only, as a distilled one, is judged there:
+``--density 249,499,749,999``.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from bayesdiff.io import write_figure
 from bayesdiff.laplace.loss import Loss, Squares, as_loss
 from experiments.common import agreement, command, record, results_folder, table
 from experiments.posterior_check.refits import least_squares, m_estimates, resample
-from experiments.posterior_check.subject import Subject
+from experiments.posterior_check.subject import Only, Subject
 
 TIMESTEPS = (20, 100, 250, 500, 750, 950)
 SHOWN = "M is told"
@@ -72,7 +73,7 @@ def settled(subject: Subject, training: Training, seed: int, iterations: int) ->
     """Put the head at the minimum of the loss over fresh draws; returns the last step, as :func:`m_estimates` does."""
     weight = subject.head.weight().cpu()
     stream = subject.draws(seed, SETTLING, training.density, training.weighting, torch.ones(10, dtype=torch.float64))
-    counts = torch.ones(1, len(subject.images) * SETTLING, dtype=torch.float64)
+    counts = torch.ones(1, len(subject) * SETTLING, dtype=torch.float64)
     geometry = subject.head.geometry
     if isinstance(training.loss, Squares):
         away, moved = least_squares(geometry, stream, counts, weight, RIDGE)
@@ -108,7 +109,7 @@ def plot(
     left.plot(ends, ends, "k-", lw=0.8)
     left.set(
         xscale="log", yscale="log", xlabel=f"std over {refits} refits of the head", ylabel="std by the posterior",
-        title="Held-out predictions, six timesteps",
+        title="Held-out predictions",
     )  # fmt: skip
     for name, color in ((SHOWN, "#c1440e"), ("M = m assumed", "#2b6777"), ("diag", "#c9a227"), ("ggn", "#8a8a8a")):
         chosen = [r for r in rows if r["posterior"] == name]
@@ -138,9 +139,12 @@ def main(
     test_images: Annotated[int, typer.Option(help="Held-out images predicted on.")] = 100,
     training_draws: Annotated[int, typer.Option(help="M, of every image in a refit; 0: the model's own, rounded.")] = 0,
     draws: Annotated[int, typer.Option(help="m, of every image in the fit; 0: the default.")] = 0,
+    pool: Annotated[int, typer.Option(help="Draws of every image that a refit takes its M from; 0: 2 M.")] = 0,
     loss: Annotated[str, typer.Option(help='"squares", "l1", "huber" or "pseudo-huber".')] = "squares",
     loss_weights: Annotated[str, typer.Option(help='"uniform", "noise", "min-snr" or "p2".')] = "uniform",
-    density: Annotated[str, typer.Option(help='"uniform", "logit-normal" or "gaussian".')] = "uniform",
+    density: Annotated[
+        str, typer.Option(help='"uniform", "logit-normal", "gaussian", or timesteps: "249,499".')
+    ] = "uniform",
     settle: Annotated[bool, typer.Option(help="Refit the head under this loss and density first.")] = False,
     iterations: Annotated[int, typer.Option(help="Of a refit under another loss than squares.")] = 12,
     seed: Annotated[int, typer.Option()] = 0,
@@ -159,7 +163,9 @@ def main(
     data = data.subset(index)
     pipe = copy.deepcopy(pipe)
     subject = Subject(pipe, data)
-    training = Training(as_loss(loss), as_density(density), as_weighting(loss_weights))
+    only = tuple(int(t) for t in density.split(",")) if "," in density else ()
+    density_of = as_density(Only(only, subject.num_timesteps) if only else density)
+    training = Training(as_loss(loss), density_of, as_weighting(loss_weights))
     if settle:
         moved = settled(subject, training, seed + 1000, 2 * iterations)
         print(f"The head was put at the minimum of the loss; the last step was {moved:.1e} of the way.")
@@ -167,11 +173,11 @@ def main(
         warnings.simplefilter("always", BayesdiffWarning)
         fitted = bayesdiff.fit(
             pipe, data, draws_per_image=draws or None, training_draws=training_draws, loss=loss, loss_weights=loss_weights,
-            timestep_density=density, generator=torch.Generator().manual_seed(seed),
+            timestep_density=density_of or "uniform", generator=torch.Generator().manual_seed(seed),
         )  # fmt: skip
     notes = [str(w.message) for w in caught if issubclass(w.category, BayesdiffWarning)]
     print(*notes, sep="\n")
-    pool = 2 * training_draws
+    pool = pool or 2 * training_draws
     counts = resample(number, pool, training_draws, refits_number, torch.Generator().manual_seed(seed + 1))
     geometry, weight = subject.head.geometry, subject.head.weight().cpu()
     stream = subject.draws(seed + 2000, pool, training.density, training.weighting, fitted.weights)
@@ -183,11 +189,12 @@ def main(
         )
     test = heldout.subset(slice(None, None, max(1, heldout.num_images // test_images)))
     judged = Subject(pipe, test)
-    noise = torch.randn(test.images.shape, generator=torch.Generator().manual_seed(seed + 2))
+    noise = torch.randn((len(judged), *judged.shape), generator=torch.Generator().manual_seed(seed + 2))
     rows: list[dict[str, Any]] = []
     points: list[tuple[Tensor, Tensor]] = []
     candidates = posteriors(fitted)
-    for t in TIMESTEPS:
+    timesteps = only or TIMESTEPS
+    for t in timesteps:
         phi, _ = judged.observe(torch.arange(test.num_images), torch.full((test.num_images,), t), noise)
         reference = geometry.apply(phi, heads.float()).double().var(0)
         for name, posterior in candidates.items():
@@ -206,7 +213,7 @@ def main(
         "model": model, "refits": refits_number, "images": number, "test_images": test.num_images,
         "training_draws": training_draws, "draws_of_fit": fitted.draws_per_image, "draws_of_judge": pool,
         "loss": loss, "loss_weights": loss_weights, "density": density, "settled": settle,
-        "last_step": moved, "seed": seed, "timesteps": TIMESTEPS, "prior_precision": fitted.prior_precision,
+        "last_step": moved, "seed": seed, "timesteps": timesteps, "prior_precision": fitted.prior_precision,
         "cut_share": fitted.cut_share, "warnings": notes, "noise_variance": fitted.noise_variance.tolist(),
         "seconds": round(time.perf_counter() - started, 1), "command": command("posterior_check"),
     }  # fmt: skip

@@ -2,75 +2,118 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from functools import partial
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
-import bayesdiff
 from bayesdiff.diffusion.density import Density
 from bayesdiff.diffusion.noising import draw, noised
 from bayesdiff.diffusion.weighting import Weighting
-from bayesdiff.head.find import denoiser
-from bayesdiff.head.fold import Fold
+from bayesdiff.fitting.regression import source_of, training_timesteps
+from bayesdiff.fitting.samples import Clean
+from bayesdiff.fitting.seen import Seen
+from bayesdiff.head.find import Head
+from bayesdiff.rng import item_generator
 
+#: Rows in a network call, and images in one of the encoder.
 BATCH = 50
 
 
+@dataclass(frozen=True)
+class Only:
+    """The density of a few timesteps, each as often: what a distilled network was trained on.
+
+    Args:
+        timesteps: Whole numbers.
+        total: T.
+    """
+
+    timesteps: tuple[int, ...]
+    total: int
+
+    def __call__(self, generator: Generator, n: int) -> Tensor:
+        which = torch.randint(len(self.timesteps), (n,), generator=generator)
+        return (torch.tensor(self.timesteps, dtype=torch.float64)[which] + 0.5) / self.total  # rounded down again
+
+
 class Subject:
-    """A pipeline's network with clean samples in its own space.
+    """A pipeline's network, called by its pipeline, with clean samples of its own.
 
     Args:
         pipe: The pipeline.
-        data: A mapping with ``"images"`` and, beside them, the network's other arguments by name.
+        data: A mapping with ``"images"`` and, beside them, what the pipeline is told of each.
+        given: Keywords of every call.
     """
 
-    def __init__(self, pipe: Any, data: Any) -> None:
-        self.pipe, self.scheduler = pipe, pipe.scheduler
-        self.network, self.head = denoiser(pipe), bayesdiff.find_head(pipe)
-        self.images = data["images"]
+    def __init__(self, pipe: Any, data: Any, given: Mapping[str, Any] | None = None) -> None:
+        self.source = source_of(
+            pipe, head=None, scheduler=None, call=None, pipe_kwargs=given, space=None, encode="sample"
+        )
         self.conditioning = {k: v for k, v in data.items() if k != "images"}
-        self._fold: Fold | None = None
+        parts = [self.source.clean(images, self.conditioning) for images in data["images"].split(BATCH)]
+        stds = [p.std for p in parts if p.std is not None]
+        self.clean = Clean(torch.cat([p.mean for p in parts]), torch.cat(stds) if stds else None)
+
+    def __len__(self) -> int:
+        """The number of images."""
+        return len(self.clean)
+
+    @property
+    def head(self) -> Head:
+        return self.source.observer.head
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of a sample."""
+        return tuple(self.clean.mean.shape[1:])
 
     @property
     def num_timesteps(self) -> int:
-        return int(self.scheduler.config.num_train_timesteps)
+        return training_timesteps(self.source.scheduler)
 
-    def observe(self, rows: Tensor, t: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """What enters the head, and the residuals of what it returns, for some images noised to t."""
-        x_t, wanted = noised(self.scheduler, self.images[rows], noise, t)
-        call = partial(
-            self.network,
-            x_t.float(),
-            timestep=t,
-            return_dict=False,
-            **{k: v[rows] for k, v in self.conditioning.items()},
-        )
-        own: list[Tensor] = []
-        with torch.no_grad(), self.head.capture(own) as captured:
-            output = call()[0]
-        if self._fold is None:
-            with torch.no_grad():
-                same = own[0].shape == output.shape and torch.equal(own[0], output)
-                self._fold = Fold(None) if same else Fold.read(self.head, lambda: call()[0])
-        if self._fold.index is not None and len(self._fold.index) != len(output):
-            with torch.no_grad():  # a last batch of another size
-                self._fold = Fold.read(self.head, lambda: call()[0])
-        ((x, r, _, _),) = self._fold.observations(self.head, captured[0], wanted - output)
-        return x, r
+    def observe(
+        self, rows: Tensor, t: Tensor, noise: Tensor, encoder_noise: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """What enters the head, and the residuals of what it returns, for some images noised to t.
+
+        Without ``encoder_noise`` an image's sample is the mean of the encoder's posterior.
+        """
+        t = self.source.timesteps(t)
+        x_t, wanted = noised(self.source.scheduler, self.clean.draw(rows, encoder_noise), noise, t)
+        found: list[tuple[Tensor, Tensor]] = []
+
+        def consume(_: int, which: list[int], seen: Seen) -> None:
+            ((x, r, _, _),) = seen.fold.observations(self.head, seen.inputs, wanted[which] - seen.output)
+            found.append((x, r))
+
+        self.source.run(self.conditioning, rows.tolist(), 0, lambda _: x_t, [t], consume)
+        inputs, residuals = zip(*found, strict=True)
+        return torch.cat(inputs), torch.cat(residuals)
 
     def draws(
         self, seed: int, number: int, density: Density | None, weighting: Weighting | None, bin_weights: Tensor
     ) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
         """``number`` draws of each image: the first one's number, the head's inputs, residuals, weights in the loss."""
-        shape, bins = tuple(self.images.shape[1:]), len(bin_weights)
+        bins = len(bin_weights)
         per_call = max(1, BATCH // number)
-        for first in range(0, len(self.images), per_call):
-            count = min(per_call, len(self.images) - first)
-            t, noise = draw(self.scheduler, shape, seed, first, count, number, density)
+        for first in range(0, len(self), per_call):
+            count = min(per_call, len(self) - first)
+            t, noise = draw(self.source.scheduler, self.shape, seed, first, count, number, density)
+            encoder_noise = None
+            if self.clean.std is not None:
+                generators = [
+                    item_generator(seed + 1, i, j) for i in range(first, first + count) for j in range(number)
+                ]
+                encoder_noise = torch.stack([torch.randn(self.shape, generator=g) for g in generators])
             rows = torch.arange(first, first + count).repeat_interleave(number)
-            x, r = self.observe(rows, t, noise)
+            x, r = self.observe(rows, t, noise, encoder_noise)
             weights = bin_weights[(t * bins / self.num_timesteps).long().clamp(max=bins - 1)]
-            yield first * number, x, r, weights if weighting is None else weights * weighting(self.scheduler, t)
+            yield (
+                first * number,
+                x,
+                r,
+                weights if weighting is None else weights * weighting(self.source.scheduler, t),
+            )

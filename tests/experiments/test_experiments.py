@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import bayesdiff
+from bayesdiff.diffusion.noising import draw
 from bayesdiff.head.geometry import HeadGeometry
 from bayesdiff.io import environment
 from bayesdiff.laplace.loss import L1, Huber
@@ -19,11 +20,13 @@ from experiments.linearity_check import __main__ as linearity_check
 from experiments.mc_vs_analytic import __main__ as mc_vs_analytic
 from experiments.mc_vs_analytic.heads import Shape, fitted
 from experiments.posterior_check import __main__ as posterior_check
+from experiments.posterior_check import subject as judged
 from experiments.posterior_check.refits import least_squares, m_estimates, resample
 from experiments.propagation import __main__ as propagation
 from experiments.propagation import references
 from experiments.refresh_check import __main__ as refresh_check
 from tests import cases
+from tests.fitting.test_by_pipe import MADE, RECIPES, data_of, double
 
 #: Settings are too small for good maps.
 pytestmark = pytest.mark.filterwarnings("ignore:the network's response is not well known")
@@ -62,6 +65,58 @@ def test_posterior_check(tmp_path, loss):
     assert all(r["log_correlation"] > 0.4 for r in chosen)  # few images, few refits
     assert all(s["share_within"] > 0 for s in result["results"]["shares"])
     assert (tmp_path / "posterior_check.png").stat().st_size > 10_000
+
+
+def test_posterior_check_at_the_timesteps_of_a_distilled_model(tmp_path):
+    posterior_check.main(
+        refits_number=8, images=16, test_images=2, training_draws=2, pool=3, density="249,999", out=tmp_path
+    )
+    result = json.loads((tmp_path / "results.json").read_text())
+    assert result["settings"]["draws_of_judge"] == 3
+    assert {r["t"] for r in result["results"]["agreement"]} == {249, 999}
+
+
+def test_only_these_timesteps_are_drawn():
+    only = judged.Only((249, 499, 749, 999), 1000)
+    t, _ = draw(cases.scheduler(num_train_timesteps=1000), (1,), 0, 0, 40, 2, only)
+    assert t.unique().tolist() == [249, 499, 749, 999]
+
+
+@pytest.mark.parametrize("name", ["sd-ddim-guided", "sd3"])
+def test_the_judge_sees_the_gradients_of_the_training_loss(name):
+    """φ and residuals of models with prompts and a VAE, against autograd through the training step written out by hand."""
+    recipe, path, given = RECIPES[name]
+    pipe, data = double(MADE[name]()), data_of(name)
+    network = bayesdiff.head.find.denoiser(pipe)
+    subject = judged.Subject(pipe, data, given)
+    t = torch.tensor([30, 500, 950])
+    noise = torch.randn((3, *subject.shape), generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    x, r = subject.observe(torch.tensor([0, 1, 2]), t, noise)
+    scores = subject.head.geometry.outer(x, r)
+    layer = network.get_submodule(path).requires_grad_()
+    output, target = recipe(pipe, data["images"], t, noise)
+    for i in range(3):
+        loss = (target[i] - output[i]).square().sum() / 2
+        weight, bias = torch.autograd.grad(loss, [layer.weight, layer.bias], retain_graph=True)
+        torch.testing.assert_close(-scores[i], torch.cat([weight.flatten(1), bias[:, None]], 1), rtol=1e-5, atol=1e-6)
+
+
+def test_draws_of_the_judge_do_not_depend_on_the_batch(monkeypatch):
+    """Of the encoder's posterior, too: each draw has its own sample of it."""
+    pipe, data = double(MADE["sd-ddim-guided"]()), data_of("sd-ddim-guided")
+    subject = judged.Subject(pipe, data)
+    ones = torch.ones(10, dtype=torch.float64)
+    ((first, x, r, w),) = subject.draws(7, 2, None, None, ones)
+    assert first == 0
+    assert len(x) == len(r) == len(w) == 6
+    monkeypatch.setattr(judged, "BATCH", 2)
+    parts = list(subject.draws(7, 2, None, None, ones))
+    assert [p[0] for p in parts] == [0, 2, 4]
+    torch.testing.assert_close(torch.cat([p[1] for p in parts]), x)
+    torch.testing.assert_close(torch.cat([p[2] for p in parts]), r)
+    t, noise = draw(pipe.scheduler, subject.shape, 7, 0, 3, 2)
+    rows = torch.arange(3).repeat_interleave(2)
+    assert not torch.allclose(subject.observe(rows, t, noise)[0], x)  # the means
 
 
 def few_draws(geometry):
