@@ -13,7 +13,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -31,22 +31,28 @@ RUNS = (
 
 def main(
     out: Annotated[Path | None, typer.Option(help="Folder of the results.")] = None,
-    only: Annotated[int | None, typer.Option(help="The number of one row, from 0.")] = None,
+    only: Annotated[int | None, typer.Option(help="The number of one row, from 0; the others are kept.")] = None,
 ) -> None:
     """Measure all rows, one after the other."""
     folder = results_folder("memory", out)
-    rows = []
+    path = folder / "results.json"
+    before = json.loads(path.read_text())["results"] if only is not None and path.exists() else []
+    rows = {key(row): row for row in before}
     for run in RUNS if only is None else RUNS[only : only + 1]:
         line = [sys.executable, "-m", "experiments.memory.measure", *map(str, run)]
-        rows.append(
-            json.loads(subprocess.run(line, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
-        )
-        print(rows[-1], flush=True)
+        found = json.loads(subprocess.run(line, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
+        rows[key(found)] = found
+        print(found, flush=True)
     columns = {"size": "d", "sampler": "", "steps": "d", "draws": "d", "plain": ".1f", "seconds": ".1f"}
     columns |= {"calls_ratio": ".2f", "overhead": ".2f", "growth_mb": ".0f", "numbers": ".1f"}
-    print(table(rows, columns))
-    record(folder, {"command": command("memory")}, rows)
+    print(table(list(rows.values()), columns))
+    record(folder, {"command": command("memory")}, list(rows.values()))
     print(f"Written to {folder}")
+
+
+def key(row: dict[str, Any]) -> tuple[Any, ...]:
+    """What a row measures."""
+    return tuple(row[k] for k in ("size", "sampler", "steps", "draws", "width"))
 
 
 if __name__ == "__main__":
