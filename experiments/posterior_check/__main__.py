@@ -16,6 +16,7 @@ posterior is that of a minimum. A network that was trained on a few timesteps on
 from __future__ import annotations
 
 import copy
+import json
 import math
 import time
 import warnings
@@ -147,6 +148,8 @@ def main(
     ] = "uniform",
     settle: Annotated[bool, typer.Option(help="Refit the head under this loss and density first.")] = False,
     iterations: Annotated[int, typer.Option(help="Of a refit under another loss than squares.")] = 12,
+    encode: Annotated[str, typer.Option(help='"sample" of the encoder, drawn anew, or its "mean".')] = "sample",
+    given: Annotated[str, typer.Option(help="Keywords of every call of the pipeline, as JSON.")] = "{}",
     seed: Annotated[int, typer.Option()] = 0,
     out: Annotated[Path | None, typer.Option(help="Folder of the results.")] = None,
 ) -> None:
@@ -162,7 +165,8 @@ def main(
     index = torch.randperm(data.num_images, generator=torch.Generator().manual_seed(seed))[:number].sort().values
     data = data.subset(index)
     pipe = copy.deepcopy(pipe)
-    subject = Subject(pipe, data)
+    keywords = json.loads(given)
+    subject = Subject(pipe, data, keywords, encode)
     only = tuple(int(t) for t in density.split(",")) if "," in density else ()
     density_of = as_density(Only(only, subject.num_timesteps) if only else density)
     training = Training(as_loss(loss), density_of, as_weighting(loss_weights))
@@ -173,7 +177,8 @@ def main(
         warnings.simplefilter("always", BayesdiffWarning)
         fitted = bayesdiff.fit(
             pipe, data, draws_per_image=draws or None, training_draws=training_draws, loss=loss, loss_weights=loss_weights,
-            timestep_density=density_of or "uniform", generator=torch.Generator().manual_seed(seed),
+            timestep_density=density_of or "uniform", pipe_kwargs=keywords, encode=encode,
+            generator=torch.Generator().manual_seed(seed),
         )  # fmt: skip
     notes = [str(w.message) for w in caught if issubclass(w.category, BayesdiffWarning)]
     print(*notes, sep="\n")
@@ -188,7 +193,7 @@ def main(
             geometry, stream, counts, weight, float(fitted.prior_precision), training.loss, iterations
         )
     test = heldout.subset(slice(None, None, max(1, heldout.num_images // test_images)))
-    judged = Subject(pipe, test)
+    judged = Subject(pipe, test, keywords, encode)
     noise = torch.randn((len(judged), *judged.shape), generator=torch.Generator().manual_seed(seed + 2))
     rows: list[dict[str, Any]] = []
     points: list[tuple[Tensor, Tensor]] = []
@@ -212,7 +217,7 @@ def main(
     settings = {
         "model": model, "refits": refits_number, "images": number, "test_images": test.num_images,
         "training_draws": training_draws, "draws_of_fit": fitted.draws_per_image, "draws_of_judge": pool,
-        "loss": loss, "loss_weights": loss_weights, "density": density, "settled": settle,
+        "loss": loss, "loss_weights": loss_weights, "density": density, "encode": encode, "given": keywords, "settled": settle,
         "last_step": moved, "seed": seed, "timesteps": timesteps, "prior_precision": fitted.prior_precision,
         "cut_share": fitted.cut_share, "warnings": notes, "noise_variance": fitted.noise_variance.tolist(),
         "seconds": round(time.perf_counter() - started, 1), "command": command("posterior_check"),

@@ -46,11 +46,12 @@ class Subject:
         pipe: The pipeline.
         data: A mapping with ``"images"`` and, beside them, what the pipeline is told of each.
         given: Keywords of every call.
+        encode: ``"sample"`` of the encoder's posterior, anew for each draw, or its ``"mean"``.
     """
 
-    def __init__(self, pipe: Any, data: Any, given: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, pipe: Any, data: Any, given: Mapping[str, Any] | None = None, encode: str = "sample") -> None:
         self.source = source_of(
-            pipe, head=None, scheduler=None, call=None, pipe_kwargs=given, space=None, encode="sample"
+            pipe, head=None, scheduler=None, call=None, pipe_kwargs=given, space=None, encode=encode
         )
         self.conditioning = {k: v for k, v in data.items() if k != "images"}
         parts = [self.source.clean(images, self.conditioning) for images in data["images"].split(BATCH)]
