@@ -172,6 +172,7 @@ def main(
     training = Training(as_loss(loss), density_of, as_weighting(loss_weights))
     if settle:
         moved = settled(subject, training, seed + 1000, 2 * iterations)
+        subject = Subject(pipe, data, keywords, encode)  # of another network now
         print(f"The head was put at the minimum of the loss; the last step was {moved:.1e} of the way.")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", BayesdiffWarning)

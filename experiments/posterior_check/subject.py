@@ -87,7 +87,7 @@ class Subject:
         found: list[tuple[Tensor, Tensor]] = []
 
         def consume(_: int, which: list[int], seen: Seen) -> None:
-            ((x, r, _, _),) = seen.fold.observations(self.head, seen.inputs, wanted[which] - seen.output)
+            ((x, r, *_rest),) = seen.fold.observations(self.head, seen.inputs, wanted[which] - seen.output)
             found.append((x, r))
 
         self.source.run(self.conditioning, rows.tolist(), 0, lambda _: x_t, [t], consume)

@@ -386,7 +386,7 @@ def test_variance_falls_with_the_size_of_the_data_set(covariance):
     few, many = (fitted(network, x, covariance=covariance, dataset_size=n, prior_precision=1e-12) for n in (None, 600))
     assert (few.dataset_size, many.dataset_size, many.num_images) == (12, 600, 12)
     torch.testing.assert_close(many.variance(features), few.variance(features) / 50, rtol=1e-5, atol=0)
-    with pytest.raises(ArgumentError, match=r"dataset_size >= the 12 images fitted to, got 11"):
+    with pytest.raises(ArgumentError, match=r"dataset_size >= the 12 images"):
         fitted(network, x, dataset_size=11)
 
 
