@@ -12,6 +12,7 @@ import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -191,6 +192,27 @@ def check_finite(name: str, tensor: Tensor, hint: str = "") -> Tensor:
             f"{'; ' + hint if hint else ''}"
         )
     return tensor
+
+
+def check_returned(call: str, value: Any, shape: tuple[int, ...]) -> Tensor:
+    """What a function of the user returned, as a float64 tensor of this shape.
+
+    Args:
+        call: The call, for messages.
+        value: What it returned.
+        shape: That it should have.
+
+    Raises:
+        ArgumentError: It is not numbers.
+        ShapeError: It has another shape.
+    """
+    try:
+        numbers = torch.as_tensor(value, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ArgumentError(f"expected {call} to return a tensor {shape}, got {type(value).__name__}") from error
+    if tuple(numbers.shape) != shape:
+        raise ShapeError(f"expected {call} to return a tensor {shape}, got {tuple(numbers.shape)}")
+    return numbers
 
 
 def check_output_folder(folder: str | os.PathLike[str]) -> Path:

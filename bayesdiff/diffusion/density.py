@@ -13,12 +13,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Generator, Tensor
 
-from bayesdiff.checks import ArgumentError, ShapeError, check_choice, check_positive
+from bayesdiff.checks import ArgumentError, check_choice, check_positive, check_returned
 
 #: A generator and n to n numbers u in [0, 1].
 Density = Callable[[Generator, int], Tensor]
@@ -109,15 +108,7 @@ def sample(density: Density, generator: Generator) -> Tensor:
         ShapeError: The density returned something other than one number.
         ArgumentError: It is outside [0, 1].
     """
-    drawn: Any = density(generator, 1)
-    try:
-        u = torch.as_tensor(drawn, dtype=torch.float64)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ArgumentError(
-            f"expected timestep_density(generator, 1) to return a tensor (1,), got {type(drawn).__name__}"
-        ) from error
-    if u.shape != (1,):
-        raise ShapeError(f"expected timestep_density(generator, 1) to return a tensor (1,), got {tuple(u.shape)}")
+    u = check_returned("timestep_density(generator, 1)", density(generator, 1), (1,))
     if not 0 <= float(u) <= 1:
         raise ArgumentError(f"expected timestep_density to return numbers in [0, 1], got {float(u)}")
     return u[0]

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bayesdiff.checks import ArgumentError, ShapeError, check_positive
+from bayesdiff.checks import ArgumentError, check_positive, check_returned
 from bayesdiff.diffusion.parametrization import alpha_sigma, prediction_type
 
 #: A scheduler and timesteps ``(B,)`` to weights ``(B,)``, float64.
@@ -105,14 +105,7 @@ def _snr(scheduler: Any, t: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _checked(weights: Any, t: Tensor) -> Tensor:
-    try:
-        w = torch.as_tensor(weights, dtype=torch.float64)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ArgumentError(
-            f"expected loss_weights(t/T) to return a tensor {tuple(t.shape)}, got {type(weights).__name__}"
-        ) from error
-    if w.shape != t.shape:
-        raise ShapeError(f"expected loss_weights(t/T) to return {tuple(t.shape)} weights, got {tuple(w.shape)}")
+    w = check_returned("loss_weights(t/T)", weights, tuple(t.shape))
     if not bool(((w >= 0) & torch.isfinite(w)).all()):
         raise ArgumentError(
             f"expected finite loss_weights >= 0 at every t, got {w.min().item()} to {w.max().item()} at t from "

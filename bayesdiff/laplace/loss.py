@@ -60,7 +60,17 @@ class Squares:
 
 
 @dataclass(frozen=True)
-class Huber:
+class _Scaled:
+    """A loss with a scale δ."""
+
+    delta: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_positive("delta", self.delta)
+
+
+@dataclass(frozen=True)
+class Huber(_Scaled):
     """Squares up to δ, straight lines beyond.
 
     Args:
@@ -69,11 +79,6 @@ class Huber:
     Raises:
         ArgumentError: δ is not positive.
     """
-
-    delta: float = 1.0
-
-    def __post_init__(self) -> None:
-        check_positive("delta", self.delta)
 
     def score(self, residuals: Tensor) -> Tensor:
         """r, no further from 0 than δ."""
@@ -85,7 +90,7 @@ class Huber:
 
 
 @dataclass(frozen=True)
-class PseudoHuber:
+class PseudoHuber(_Scaled):
     """Huber's loss without corners (Charbonnier et al. 1994).
 
     Args:
@@ -94,11 +99,6 @@ class PseudoHuber:
     Raises:
         ArgumentError: δ is not positive.
     """
-
-    delta: float = 1.0
-
-    def __post_init__(self) -> None:
-        check_positive("delta", self.delta)
 
     def score(self, residuals: Tensor) -> Tensor:
         """r/√(1 + r²/δ²)."""

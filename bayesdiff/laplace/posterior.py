@@ -13,7 +13,6 @@ weights :math:`w_t` of the loss that the network was trained with. Most networks
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 from dataclasses import dataclass, field
@@ -26,7 +25,6 @@ from torch import Generator, Tensor
 from bayesdiff.checks import (
     ArgumentError,
     HeadMismatchError,
-    PosteriorFileError,
     ShapeError,
     check_choice,
     check_finite,
@@ -38,43 +36,21 @@ from bayesdiff.gaussian import Gaussian
 from bayesdiff.head.find import Head, denoiser, find_head
 from bayesdiff.head.geometry import HeadGeometry
 from bayesdiff.head.identity import NetworkIdentity
-from bayesdiff.io import read_folder, write_folder
 from bayesdiff.laplace.covariance import AMPLIFIED, Covariance, amplification
 from bayesdiff.laplace.cut import cut
 from bayesdiff.laplace.evidence import evidence_prior_precision, log_evidence
 from bayesdiff.laplace.links import LINK_APPROXIMATIONS, Link, push_deviations
 from bayesdiff.laplace.links import link as find_link
 from bayesdiff.laplace.predictive import closed_variance, monte_carlo
+from bayesdiff.laplace.saved import fingerprint, read_posterior, write_posterior
 from bayesdiff.laplace.statistics import Statistics
 from bayesdiff.laplace.structure import COVARIANCES, STRUCTURES, TOLERANCE, build
 
-FORMAT = 3
 #: Which covariances a structure may have.
 FORMS_OF = {
     "full": ("channels", "joint", "fisher"), "kron": ("channels", "product", "spectral"), "diag": ("diagonal",),
     "lowrank": ("channels", "joint"),
 }  # fmt: skip
-#: Plain values that are saved as they are.
-_SAVED = (
-    "structure", "covariance", "rank", "tolerance", "temperature", "log_likelihood", "num_timesteps", "num_images",
-    "dataset_size", "draws_per_image", "training_draws", "cut_share", "amplification",
-)  # fmt: skip
-
-
-def fingerprint(weight: Tensor) -> str:
-    """SHA-256 of a head's weights ``(C, D)`` as float64 bytes."""
-    return hashlib.sha256(weight.detach().cpu().double().contiguous().numpy().tobytes()).hexdigest()
-
-
-def _text(value: Any) -> str:
-    """A string as it is.
-
-    Raises:
-        TypeError: It is something else.
-    """
-    if not isinstance(value, str):
-        raise TypeError(f"expected text, got {value!r}")
-    return value
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -161,7 +137,7 @@ class LaplacePosterior:
             settle(name, check_number(name, getattr(self, name)))
         if self.training_draws is not None:
             settle("training_draws", check_positive("training_draws", self.training_draws))
-        tau = self._tau()
+        tau = self.channel_precisions()
         settle("prior_precision", float(tau[0]) if bool((tau == tau[0]).all()) else tau.clone())
         self._check_shapes()
 
@@ -191,7 +167,7 @@ class LaplacePosterior:
         for name, value in self.sigma.parts.items():
             check_finite(f"{name} of the covariance", value)
 
-    def _tau(self) -> Tensor:
+    def channel_precisions(self) -> Tensor:
         """τ by channel, ``(C,)`` float64."""
         tau = torch.as_tensor(self.prior_precision, dtype=torch.float64).detach()
         if tau.shape not in ((), self.mean.shape[:1]) or not bool(((tau > 0) & torch.isfinite(tau)).all()):
@@ -506,7 +482,7 @@ class LaplacePosterior:
 
         It treats pixels as independent, as the GGN does; under ``"sandwich"`` it is that of the GGN.
         """
-        return log_evidence(self.log_likelihood, self.spectrum, self._tau(), self.mean)
+        return log_evidence(self.log_likelihood, self.spectrum, self.channel_precisions(), self.mean)
 
     def heldout_log_likelihood(self, features: Tensor, residuals: Tensor, timesteps: Tensor) -> float:
         r"""The mean of :math:`\log\mathcal N(r;\,0,\ \sigma_t^2 + \varphi^\top\Sigma\varphi)` over held-out residuals, in nats.
@@ -554,19 +530,7 @@ class LaplacePosterior:
         Raises:
             OutputFolderError: The folder cannot be written.
         """
-        tensors = {
-            "mean": self.mean, "spectrum": self.spectrum, "weights": self.weights, "noise_variance": self.noise_variance,
-            "prior_precision": self._tau(), "origins": self.origins,
-            **{f"sigma.{name}": value for name, value in self.sigma.parts.items()},
-        }  # fmt: skip
-        if self.network is not None:
-            tensors["network"] = self.network.samples
-        meta = {
-            "fingerprint": self.fingerprint, "head": self.head_path, "geometry": self.geometry.to_dict(), "form": self.sigma.form,
-            "approximation_error": self.approximation_error, "network": None if self.network is None else self.network.layout,
-            **{name: getattr(self, name) for name in _SAVED},
-        }  # fmt: skip
-        write_folder(folder, "posterior", FORMAT, tensors, meta)
+        write_posterior(self, folder)
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str], model: Any = None) -> LaplacePosterior:
@@ -581,31 +545,7 @@ class LaplacePosterior:
             PosteriorFileError: A file is missing, damaged, truncated or of an unknown version.
             HeadMismatchError: ``model`` has other weights.
         """
-        tensors, meta = read_folder(folder, "posterior", FORMAT)
-        try:
-            parts = {k.removeprefix("sigma."): v for k, v in tensors.items() if k.startswith("sigma.")}
-            geometry = HeadGeometry.from_dict(meta["geometry"])
-            sigma = Covariance(
-                meta["form"], parts, (geometry.out_channels, geometry.in_features), float(meta["approximation_error"])
-            )
-            layout = meta["network"]
-            network = None if layout is None else NetworkIdentity(layout, tensors["network"])
-            posterior = cls(
-                mean=tensors["mean"], geometry=geometry, sigma=sigma, spectrum=tensors["spectrum"],
-                prior_precision=tensors["prior_precision"], weights=tensors["weights"],
-                noise_variance=tensors["noise_variance"], origins=tensors["origins"], head_path=_text(meta["head"]),
-                network=network, **{name: meta[name] for name in _SAVED},
-            )  # fmt: skip
-            recorded = _text(meta["fingerprint"])
-        except (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError, OverflowError) as error:
-            raise PosteriorFileError(
-                f"expected a posterior saved by LaplacePosterior.save in {str(folder)!r}, got "
-                f"{type(error).__name__}: {error}"
-            ) from error
-        if posterior.fingerprint != recorded:
-            raise PosteriorFileError(
-                f"expected the fingerprint {recorded} in {str(folder)!r}, got {posterior.fingerprint}"
-            )
+        posterior = read_posterior(folder, cls)
         if model is not None:
             posterior.check(model)
         return posterior

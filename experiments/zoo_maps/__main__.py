@@ -57,11 +57,12 @@ def main(
     text = model.startswith("earth")
     prompts, steps = list(PROMPTS[model]), steps or (25 if text else 4)
     chosen = data.subset(slice(images))
-    # The earth models were trained on means of the encoder; the transformer takes any number of empty T5 tokens.
+    # As each was trained: the earth models on means of the encoder; the transformer takes any number of empty T5 tokens.
     given: dict[str, Any] = {"max_sequence_length": 24} if model == "earth-sd3" else {}
+    density: Any = ("logit-normal" if model == "earth-sd3" else "uniform") if text else few(pipe, steps)
     posterior = bayesdiff.fit(
         pipe, chosen, dataset_size=data.dataset_size, training_draws=data.training_draws, encode="mean",
-        pipe_kwargs=given, timestep_density="uniform" if text else few(pipe, steps), generator=seeded(seed),
+        pipe_kwargs=given, timestep_density=density, generator=seeded(seed),
     )  # fmt: skip
     print(posterior, flush=True)
 

@@ -1,0 +1,95 @@
+"""What a posterior's folder holds: ``posterior.json`` and its tensors; only what prediction needs."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from bayesdiff.checks import PosteriorFileError
+from bayesdiff.head.geometry import HeadGeometry
+from bayesdiff.head.identity import NetworkIdentity
+from bayesdiff.io import read_folder, write_folder
+from bayesdiff.laplace.covariance import Covariance
+
+if TYPE_CHECKING:
+    from bayesdiff.laplace.posterior import LaplacePosterior
+
+FORMAT = 3
+#: Plain values that are saved as they are.
+PLAIN = (
+    "structure", "covariance", "rank", "tolerance", "temperature", "log_likelihood", "num_timesteps", "num_images",
+    "dataset_size", "draws_per_image", "training_draws", "cut_share", "amplification",
+)  # fmt: skip
+#: Tensors of the same name.
+TENSORS = ("mean", "spectrum", "weights", "noise_variance", "origins")
+
+
+def fingerprint(weight: Tensor) -> str:
+    """SHA-256 of a head's weights ``(C, D)`` as float64 bytes."""
+    return hashlib.sha256(weight.detach().cpu().double().contiguous().numpy().tobytes()).hexdigest()
+
+
+def write_posterior(posterior: LaplacePosterior, folder: str | os.PathLike[str]) -> None:
+    """Write a posterior; what was there stays whole until the new one is.
+
+    Raises:
+        OutputFolderError: The folder cannot be written.
+    """
+    sigma, network = posterior.sigma, posterior.network
+    tensors = {name: getattr(posterior, name) for name in TENSORS}
+    tensors["prior_precision"] = posterior.channel_precisions()
+    tensors |= {f"sigma.{name}": value for name, value in sigma.parts.items()}
+    if network is not None:
+        tensors["network"] = network.samples
+    meta = {
+        "fingerprint": posterior.fingerprint, "head": posterior.head_path, "geometry": posterior.geometry.to_dict(),
+        "form": sigma.form, "approximation_error": sigma.approximation_error,
+        "network": None if network is None else network.layout, **{name: getattr(posterior, name) for name in PLAIN},
+    }  # fmt: skip
+    write_folder(folder, "posterior", FORMAT, tensors, meta)
+
+
+def read_posterior(folder: str | os.PathLike[str], made: Callable[..., LaplacePosterior]) -> LaplacePosterior:
+    """What :func:`write_posterior` wrote.
+
+    Args:
+        folder: The folder.
+        made: Makes the posterior of its fields.
+
+    Raises:
+        PosteriorFileError: A file is missing, damaged, truncated or of an unknown version, or fields do not fit each other.
+    """
+    tensors, meta = read_folder(folder, "posterior", FORMAT)
+    try:
+        parts = {k.removeprefix("sigma."): v for k, v in tensors.items() if k.startswith("sigma.")}
+        geometry = HeadGeometry.from_dict(meta["geometry"])
+        shape = (geometry.out_channels, geometry.in_features)
+        layout = meta["network"]
+        posterior = made(
+            **{name: tensors[name] for name in (*TENSORS, "prior_precision")}, **{name: meta[name] for name in PLAIN},
+            geometry=geometry, sigma=Covariance(meta["form"], parts, shape, float(meta["approximation_error"])),
+            head_path=_text(meta["head"]), network=None if layout is None else NetworkIdentity(layout, tensors["network"]),
+        )  # fmt: skip
+        recorded = _text(meta["fingerprint"])
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError, OverflowError) as error:
+        raise PosteriorFileError(
+            f"expected a posterior saved by LaplacePosterior.save in {str(folder)!r}, got {type(error).__name__}: {error}"
+        ) from error
+    if posterior.fingerprint != recorded:
+        raise PosteriorFileError(f"expected the fingerprint {recorded} in {str(folder)!r}, got {posterior.fingerprint}")
+    return posterior
+
+
+def _text(value: Any) -> str:
+    """A string as it is.
+
+    Raises:
+        TypeError: It is something else.
+    """
+    if not isinstance(value, str):
+        raise TypeError(f"expected text, got {value!r}")
+    return value
