@@ -136,6 +136,7 @@ class TangentRun:
         return self._modules[key], place
 
     def _network(self, box: Box, n: int, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        self.session.trace.purge()
         entered = Entered(self.session, box, args, kwargs, output)
         total: list[Tensor] | list[Tensor | None]
         if entered:

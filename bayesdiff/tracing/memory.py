@@ -2,7 +2,7 @@
 
 The C library keeps what was freed for the next allocation. A run on duals allocates and frees tensors of many sizes at every
 operation, and what is kept in between grows to several times what is in use. What the next step takes again is better kept,
-since clearing new pages costs as much as the arithmetic on them; what goes beyond it is given back.
+since clearing new pages costs as much as the arithmetic on them; what goes beyond some bytes is given back.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from pathlib import Path
 
 #: Tangents of fewer bytes than this are small.
 LARGE = 2**23
-#: A step takes no more than so many times the memory of its tangents.
-HELD = 16
+#: So many bytes are kept for the next step.
+HELD = 2**27
 #: Where Linux says how many pages are resident, its second number.
 RESIDENT = Path("/proc/self/statm")
 
@@ -36,12 +36,12 @@ def _resident() -> int:
 
 
 def give_back(size: int, held: int = HELD) -> None:
-    """Give free memory back to the system, if tangents of ``size`` bytes are large, and it is more than ``held`` times that."""
+    """Give free memory back to the system, if tangents of ``size`` bytes are large, and it may be more than ``held`` bytes."""
     global _after
     trim = _trim()
     if size < LARGE or trim is None:
         return
     _after = min(_after, _resident())
-    if _resident() > _after + held * size:
+    if _resident() > _after + held:
         trim(0)
         _after = _resident()

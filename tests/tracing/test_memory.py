@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(memory._trim() is None, reason="not Linux with g
 
 
 def freed(number: int) -> list[Tensor]:
-    """So many blocks of 8 MB are filled and freed; what lies between them is in use, so that the C library may keep their pages."""
+    """So many blocks of 8 MB are filled and freed; what lies between them is in use, so the C library may keep their pages."""
     blocks, between = [], []
     for _ in range(number):
         blocks.append(torch.ones(8 * MB, dtype=torch.uint8))
