@@ -174,8 +174,8 @@ class Responder:
         span = Span.of(parts)
         v, y, *e = span.coordinates.split([part.shape[1] for part in parts], dim=1)
         found = Response.fit(replace(chosen, directions=v), y, *e)
-        rows = (x.to(span.basis) @ span.basis for x in (found.excess, found.extension))
-        return Response(chosen.directions, *rows, found.gain.to(self.dtype))
+        excess, extension = (x.to(span.basis) @ span.basis for x in (found.excess, found.extension))
+        return Response(chosen.directions, excess, extension, found.gain.to(self.dtype))
 
     def finish(self) -> None:
         """All measurements are made: extend each by what the others know; from now on interpolate."""

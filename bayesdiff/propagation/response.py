@@ -70,14 +70,15 @@ class Response:
 
     @staticmethod
     def weighted(pairs: Sequence[tuple[float, Response]], delta: Tensor) -> Tensor:
-        """Σ w J δ of several responses, without a copy of their rows."""
-        total = sum(weight * r.gain for weight, r in pairs) * delta
+        """Σ w J δ of several responses, in two matrix products."""
+        left, right, gain = [], [], torch.zeros_like(pairs[0][1].gain)
         for weight, r in pairs:
-            inside = delta @ r.directions.mT
-            # Eρ of what is outside the directions, ρ = δ − Vc.
-            outside = torch.baddbmm(inside @ (r.directions @ r.extension.mT), delta, r.extension.mT, beta=-1)
-            total.baddbmm_(inside, r.excess, alpha=weight).baddbmm_(outside, r.extension, alpha=weight)
-        return total
+            gain = gain + weight * r.gain
+            # Outside the directions δ − VᵀVδ: E of that is (E − (EVᵀ)V)δ. As Eδ − (EVᵀ)(Vδ) it would cancel in float32.
+            outside = r.extension - (r.extension @ r.directions.mT) @ r.directions
+            left += [r.directions, outside]
+            right += [weight * r.excess, weight * r.extension]
+        return torch.baddbmm(gain * delta, delta @ torch.cat(left, dim=1).mT, torch.cat(right, dim=1))
 
     @classmethod
     def fit(cls, chosen: Directions, images: Tensor, known: Tensor | None = None) -> Response:
