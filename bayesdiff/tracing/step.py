@@ -66,7 +66,8 @@ class Spy:
             return on_step(original, given)
 
         self.__dict__.update(_scheduler=scheduler, step=step)
-        if not hasattr(scheduler, "scale_model_input"):  # a pipeline that asks for the very type takes us for another kind
+        # A pipeline that asks for the very type of its scheduler takes this for another kind.
+        if not hasattr(scheduler, "scale_model_input"):
             self.__dict__["scale_model_input"] = as_it_is
 
     @property  # type: ignore[misc]

@@ -27,7 +27,8 @@ from tests import cases
 from tests.fitting import recipes
 from tests.fitting.test_by_pipe import MADE, RECIPES, data_of, double
 from tests.fitting.test_fit import assert_same, state
-from tests.pipelines import noise, picture
+from tests.pipelines import noise as normal
+from tests.pipelines import picture
 
 N = 5
 PROMPTS = ["a wet cat", "a dog", "birds and a boat", "", "a coast"]
@@ -318,7 +319,7 @@ def test_inputs_that_are_others_in_later_steps_are_refused(end):
 def test_a_noise_level_by_the_number_of_the_step_is_refused():
     """The latent upscaler tells its network log σ/4 of the scheduler's own steps."""
     pipe = MADE["latent-upscale"]()
-    data = {"images": images(1, 4, 8), "prompts": ["a cat"], "image": noise(1, 4, 4, 4)}
+    data = {"images": images(1, 4, 16), "prompts": ["a cat"], "image": normal(1, 4, 8, 8)}
     with pytest.raises(UnsupportedPipelineError, match="the same in each step with the same sample and timestep"):
         fitted(pipe, data, space="samples")
 

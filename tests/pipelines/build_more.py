@@ -1,4 +1,4 @@
-"""Pipelines that nobody had in mind: other preconditioning, other latents, more inputs, schedulers that are asked for their type."""
+"""Pipelines that nobody had in mind: preconditioned, with other latents or more inputs, asking for the type of a scheduler."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from diffusers.pipelines.deprecated.wuerstchen.modeling_paella_vq_model import P
 from transformers.models.t5gemma.modeling_t5gemma import T5GemmaEncoder
 
 from . import TOKENS, WIDTH, Case, byte_tokenizer, clip, clip_tokenizer, noise, picture, prompted, seeded, t5, vae
-from .build_transformer import CHAT, FLOW_DPM, SHORT, SIZE, decoder_only, flow_vae, gemma
+from .build_transformer import FLOW_DPM, SHORT, SIZE, decoder_only, flow_vae, gemma
 from .build_unet import GUIDED, schedule, stable_diffusion, unet
 
 NEGATIVE = {"negative_prompt": "dog"}
@@ -21,9 +21,9 @@ NEGATIVE = {"negative_prompt": "dog"}
 def latent_upscaler() -> Any:
     """The preconditioning of Karras et al. (2022) around the network, in the pipeline; it is told log σ/4."""
     network = d.UNet2DConditionModel(
-        act_fn="gelu", attention_head_dim=8, norm_num_groups=None, block_out_channels=(32, 32, 64, 64), time_cond_proj_dim=128 + WIDTH,
-        conv_in_kernel=1, conv_out_kernel=1, cross_attention_dim=WIDTH, in_channels=8, out_channels=5, mid_block_type=None,
-        down_block_types=("KDownBlock2D", *("KCrossAttnDownBlock2D",) * 3),
+        act_fn="gelu", attention_head_dim=8, norm_num_groups=None, block_out_channels=(32, 32, 64, 64), conv_in_kernel=1,
+        time_cond_proj_dim=128 + WIDTH, conv_out_kernel=1, cross_attention_dim=WIDTH, in_channels=8, out_channels=5,
+        mid_block_type=None, down_block_types=("KDownBlock2D", *("KCrossAttnDownBlock2D",) * 3),
         up_block_types=(*("KCrossAttnUpBlock2D",) * 3, "KUpBlock2D"),
         resnet_time_scale_shift="scale_shift", time_embedding_type="fourier", timestep_post_act="gelu",
         only_cross_attention=False,
@@ -66,24 +66,6 @@ def video_to_video() -> Any:
     )  # fmt: skip
 
 
-def kandinsky3() -> Any:
-    network = d.Kandinsky3UNet(
-        in_channels=4, time_embedding_dim=8, groups=2, attention_head_dim=4, layers_per_block=3, block_out_channels=(8, 16),
-        cross_attention_dim=8, encoder_hid_dim=WIDTH,
-    )  # fmt: skip
-    movq = d.VQModel(
-        latent_channels=4, vq_embed_dim=4, num_vq_embeddings=12, block_out_channels=(32, 32), norm_num_groups=4,
-        norm_type="spatial", down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-    )  # fmt: skip
-    for name, weight in movq.decoder.named_parameters():
-        if name.endswith(("conv_y.weight", "conv_b.weight")):
-            weight.data /= 8
-    scheduler = d.DDPMScheduler(
-        beta_start=0.00085, beta_end=0.012, steps_offset=1, clip_sample=False, timestep_spacing="leading"
-    )
-    return d.Kandinsky3Pipeline(byte_tokenizer(length=128), t5(), network, scheduler, movq)
-
-
 def flux(cls: type, more: int = 0) -> Callable[[], Any]:
     """``more`` channels beside x."""
 
@@ -103,7 +85,14 @@ def flux(cls: type, more: int = 0) -> Callable[[], Any]:
 
 def prx() -> Any:
     network = d.PRXTransformer2DModel(
-        patch_size=1, in_channels=4, context_in_dim=WIDTH, hidden_size=16, mlp_ratio=2.0, num_heads=2, depth=1, axes_dim=[4, 4]
+        patch_size=1,
+        in_channels=4,
+        context_in_dim=WIDTH,
+        hidden_size=16,
+        mlp_ratio=2.0,
+        num_heads=2,
+        depth=1,
+        axes_dim=[4, 4],
     )
     config = tf.T5GemmaModuleConfig(
         hidden_size=WIDTH, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, head_dim=8,
@@ -128,7 +117,12 @@ def hunyuan_video() -> Any:
         mid_block_add_attention=False,
     )  # fmt: skip
     pooled = tf.CLIPTextConfig(
-        hidden_size=WIDTH, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=77, **TOKENS
+        hidden_size=WIDTH,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=77,
+        **TOKENS,
     )
     return d.HunyuanVideoPipeline(
         text_encoder=decoder_only(tf.LlamaModel, tf.LlamaConfig), tokenizer=byte_tokenizer(length=64), transformer=network,
@@ -211,11 +205,11 @@ def wan_image_to_video() -> Any:
     )  # fmt: skip
 
 
-FILL = {"image": picture(), "mask_image": picture(seed=8).round()[:, :1]}
-FRAMES = {**SHORT, "height": 16, "width": 16, "num_frames": 5}
+FILL: dict[str, Any] = {"image": picture(), "mask_image": picture(seed=8).round()[:, :1]}
+FRAMES: dict[str, Any] = {**SHORT, "height": 16, "width": 16, "num_frames": 5}
 
 CASES = (
-    Case("latent-upscale", seeded(latent_upscaler), prompted(**GUIDED, image=noise(1, 4, 4, 4))),
+    Case("latent-upscale", seeded(latent_upscaler), prompted(**GUIDED, image=noise(1, 4, 8, 8))),
     Case("cascade", seeded(cascade), prompted(**GUIDED, image_embeddings=noise(1, 16, 2, 2))),
     Case(
         "t2i-adapter", stable_diffusion(d.DDIMScheduler, d.StableDiffusionAdapterPipeline, parts=adapter),
@@ -225,7 +219,6 @@ CASES = (
         "animatediff-from-video", seeded(video_to_video), output="frames",
         call=prompted(**GUIDED, video=[list(picture(batch=3))], strength=0.75, height=16, width=16),
     ),
-    Case("kandinsky3", seeded(kandinsky3), prompted(**SIZE, **NEGATIVE, guidance_scale=3.0)),
     Case(
         "flux-kontext", flux(d.FluxKontextPipeline),
         prompted(**SIZE, **SHORT, guidance_scale=3.5, image=picture(), max_area=256, _auto_resize=False),
