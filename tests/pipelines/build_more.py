@@ -13,7 +13,7 @@ from transformers.models.t5gemma.modeling_t5gemma import T5GemmaEncoder
 
 from . import TOKENS, WIDTH, Case, byte_tokenizer, clip, clip_tokenizer, noise, picture, prompted, seeded, t5, vae
 from .build_transformer import FLOW_DPM, SHORT, SIZE, decoder_only, flow_vae, gemma
-from .build_unet import GUIDED, schedule, stable_diffusion, unet
+from .build_unet import GUIDED, stable_diffusion
 
 NEGATIVE = {"negative_prompt": "dog"}
 
@@ -54,16 +54,6 @@ def cascade() -> Any:
 
 def adapter() -> dict:
     return {"adapter": d.T2IAdapter(in_channels=3, channels=[8, 16], num_res_blocks=1, downscale_factor=2)}
-
-
-def video_to_video() -> Any:
-    motion = d.MotionAdapter(
-        block_out_channels=(8, 16), motion_layers_per_block=1, motion_norm_num_groups=4, motion_num_attention_heads=2
-    )
-    return d.AnimateDiffVideoToVideoPipeline(
-        vae=vae(), text_encoder=clip(), tokenizer=clip_tokenizer(), unet=unet(), motion_adapter=motion,
-        scheduler=schedule(d.DDIMScheduler, beta_schedule="linear"),
-    )  # fmt: skip
 
 
 def flux(cls: type, more: int = 0) -> Callable[[], Any]:
@@ -184,7 +174,7 @@ def sana_video() -> Any:
 
 def wan_vae() -> Any:
     return d.AutoencoderKLWan(
-        base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True]
+        base_dim=16, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True]
     )
 
 
@@ -214,10 +204,6 @@ CASES = (
     Case(
         "t2i-adapter", stable_diffusion(d.DDIMScheduler, d.StableDiffusionAdapterPipeline, parts=adapter),
         prompted(**GUIDED, image=picture()),
-    ),
-    Case(
-        "animatediff-from-video", seeded(video_to_video), output="frames",
-        call=prompted(**GUIDED, video=[list(picture(batch=3))], strength=0.75, height=16, width=16),
     ),
     Case(
         "flux-kontext", flux(d.FluxKontextPipeline),
