@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from bayesdiff import calibration as calibration
     from bayesdiff import rng as rng
     from bayesdiff import zoo as zoo
     from bayesdiff.checks import BayesdiffError as BayesdiffError
@@ -42,6 +43,7 @@ _MODULES = {
     "Checkpoint": "laplace.checkpoint",
     "Ensemble": "propagation.settings",
     "Gaussian": "gaussian",
+    "calibration": "calibration",
     "Head": "head.find",
     "Huber": "laplace.loss",
     "L1": "laplace.loss",
@@ -64,7 +66,7 @@ _MODULES = {
     "rng": "rng",
     "zoo": "zoo",
 }
-_ARE_MODULES = ("links", "rng", "zoo")
+_ARE_MODULES = ("calibration", "links", "rng", "zoo")
 
 __all__ = sorted(_MODULES)
 
