@@ -7,6 +7,9 @@ if TYPE_CHECKING:
     from bayesdiff import calibration as calibration
     from bayesdiff import rng as rng
     from bayesdiff import zoo as zoo
+    from bayesdiff.calibration.comparison import compare as compare
+    from bayesdiff.calibration.evaluation import Evaluation as Evaluation
+    from bayesdiff.calibration.evaluation import evaluate as evaluate
     from bayesdiff.checks import BayesdiffError as BayesdiffError
     from bayesdiff.checks import BayesdiffWarning as BayesdiffWarning
     from bayesdiff.data import open_images as open_images
@@ -42,8 +45,11 @@ _MODULES = {
     "BayesdiffWarning": "checks",
     "Checkpoint": "laplace.checkpoint",
     "Ensemble": "propagation.settings",
+    "Evaluation": "calibration.evaluation",
     "Gaussian": "gaussian",
     "calibration": "calibration",
+    "compare": "calibration.comparison",
+    "evaluate": "calibration.evaluation",
     "Head": "head.find",
     "Huber": "laplace.loss",
     "L1": "laplace.loss",

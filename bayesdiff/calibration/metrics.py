@@ -104,7 +104,7 @@ class GaussianNLL(_Score):
 
 
 class CRPS(GaussianNLL):
-    r"""The mean continuous ranked probability score, in the units of y (Gneiting & Raftery 2007): |y − μ| if there is no spread."""
+    r"""The mean continuous ranked probability score, in the units of y (Gneiting & Raftery 2007): |y − μ| without a spread."""
 
     @staticmethod
     def _values(given: Prediction, target: Tensor) -> Tensor:
@@ -177,13 +177,13 @@ class PITHistogram(_Score):
 
 
 class ENCE(_Score):
-    r"""The expected normalised calibration error (Levi et al. 2022): is the spread the size of the error, large where that is large?
+    r"""The expected normalised calibration error (Levi et al. 2022): is the spread as large as the error, in all places?
 
     .. math:: \frac1B\sum_b \frac{|\mathrm{RMV}_b - \mathrm{RMSE}_b|}{\mathrm{RMV}_b},
 
     over B bins of equally many predictions, in the order of their predicted variance; RMV² is their mean variance and RMSE²
     their mean squared error about the predicted mean. Sums are kept in cells of 1/32 octave of the variance, so bins are of equal
-    size up to a cell. If all predictions have one variance there is one bin. Chance alone makes it about √(1/πn), n numbers in a bin.
+    size up to a cell. One variance for all makes one bin. Chance alone makes it about √(1/πn), n numbers in a bin.
 
     Args:
         bins: B.
