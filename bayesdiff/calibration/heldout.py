@@ -143,9 +143,11 @@ class HeldOut:
             slopes = _slopes(output, moved, at, step[which])
             if is_reversed(scheduler):
                 slopes = -slopes
-            columns = (v[which, None].to(slopes) for v in (alpha, sigma))
-            variance = torch.full_like(output, float("nan"))
-            variance.flatten(1).scatter_(1, at, target_variance(prediction_type(scheduler), *columns, slopes))
+            measured = target_variance(
+                prediction_type(scheduler), alpha[which, None].to(slopes), sigma[which, None].to(slopes), slopes
+            )
+            flat = torch.full((len(which), output[0].numel()), float("nan"), dtype=output.dtype, device=output.device)
+            variance = flat.scatter_(1, at, measured).view(output.shape)
             image = first + rows[which]
             # The fold is linear, so it scales a variance once; of ones it makes that scale.
             parts = (target[which] - output, variance, torch.ones_like(output))
