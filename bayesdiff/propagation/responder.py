@@ -12,6 +12,7 @@ Each branch has its own response within the directions, and the combination's ou
 from __future__ import annotations
 
 import bisect
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -288,6 +289,15 @@ class Responder:
             span = self._spans[g]
             parts.append(span.out_of(response[..., : span.basis.shape[1]], gain * deltas[group]))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def diagonals(self) -> dict[int, Tensor]:
+        """The diagonal of the combination's response at each measurement, ``(B, P)``, once all are made."""
+        parts = next(iter(self._responses.values()), [])
+        spans: Sequence[Span | None] = self._spans or [None] * len(parts)
+        return {
+            n: torch.cat([r.diagonal(None if s is None else s.basis) for r, s in zip(parts, spans, strict=True)])
+            for n, parts in self._responses.items()
+        }
 
     def apart(self, n: int, deltas: Tensor, branches: Branches) -> Tensor | None:
         """What the rows' own outputs have beyond the combination's, ``(R, K, Q)``."""
