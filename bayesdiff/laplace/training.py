@@ -54,10 +54,10 @@ class Scores:
 
     @classmethod
     def of(cls, scores: Tensor, rows: Tensor) -> Scores:
-        """From one score for each draw ``(draws, C, D)`` and the row of its image ``(draws,)``, 0 … n − 1."""
+        """From one score for each draw, ``(draws, C, D)`` or some of its numbers ``(draws, K)``, and its image, 0 … n − 1."""
         counts = rows.bincount().double()
         means = scores.new_zeros(len(counts), *scores.shape[1:]).index_add_(0, rows, scores)
-        means /= counts[:, None, None]
+        means /= counts.view(-1, *(1,) * (scores.ndim - 1))
         several = counts[rows] > 1
         return cls(means, scores[several] - means[rows[several]], counts)
 

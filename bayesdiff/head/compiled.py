@@ -1,0 +1,31 @@
+"""Compiled networks: run as they were written.
+
+``torch.compile`` leaves a module's layers and hooks out of the code that it makes, so neither features nor responses can be taken
+from it. While a posterior is fitted or carried along, compiled functions therefore run uncompiled; afterwards they are what they
+were, with nothing to compile again. Their values differ from those of the compiled code by its rounding.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+
+def original(network: nn.Module) -> nn.Module:
+    """The module that ``torch.compile`` was given."""
+    inner = network.__dict__.get("_modules", {}).get("_orig_mod")
+    return original(inner) if isinstance(inner, nn.Module) else network
+
+
+@contextmanager
+def uncompiled() -> Iterator[None]:
+    """A context, or a decorator, in which compiled functions run as they were written."""
+    if "torch._dynamo" not in sys.modules:  # nothing has been compiled
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
