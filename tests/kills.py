@@ -200,10 +200,11 @@ def main():
         with contextlib.redirect_stdout(io.StringIO()):
             pipe.save_pretrained(root / "model")
         data = write(root / "data", pictures(n=8, height=20, width=24), None)
-        run = {"fit": of_fit, "map": of_map, "save": of_save}[given.what]
-        print(
-            json.dumps({"what": given.what, **run(root, random.Random(given.seed), given.number, root / "model", data)})
-        )
+        for what in given.what:
+            run, own = {"fit": of_fit, "map": of_map, "save": of_save}[what], root / what
+            own.mkdir()
+            found = run(own, random.Random(given.seed), given.number, root / "model", data)
+            print(json.dumps({"what": what, **found}), flush=True)
 
 
 if __name__ == "__main__":

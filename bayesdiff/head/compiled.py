@@ -21,6 +21,12 @@ def original(network: nn.Module) -> nn.Module:
     return original(inner) if isinstance(inner, nn.Module) else network
 
 
+def modules_by_path(network: nn.Module) -> dict[str, nn.Module]:
+    """All submodules by the path that they have uncompiled."""
+    found = network.named_modules(remove_duplicate=False)
+    return {".".join(p for p in name.split(".") if p != "_orig_mod"): original(module) for name, module in found}
+
+
 @contextmanager
 def uncompiled() -> Iterator[None]:
     """A context, or a decorator, in which compiled functions run as they were written."""

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from bayesdiff.checks import AmbiguousHeadError, ArgumentError, HeadNotFoundError, UnsupportedHeadError
-from bayesdiff.head.compiled import original, uncompiled
+from bayesdiff.head.compiled import modules_by_path, original, uncompiled
 from bayesdiff.head.geometry import LAYERS, HeadGeometry
 from bayesdiff.head.layer import Head
 from bayesdiff.head.numbers import send_numbers, tensor_of
@@ -180,9 +180,10 @@ def find_head_by_call(network: nn.Module, call: Callable[[], Any]) -> Head:
         AmbiguousHeadError: Those of several did, in different places.
         UnsupportedHeadError: The layer is of another kind, or is passed several times in one call of the network.
     """
-    names: dict[nn.Module, str] = {
-        m: n for n, m in network.named_modules() if isinstance(m, (nn.Linear, nn.modules.conv._ConvNd))
-    }
+    names: dict[nn.Module, str] = {}
+    for name, module in modules_by_path(network).items():
+        if isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)):
+            names.setdefault(module, name)
     called: list[nn.Module] = []
     with ExitStack() as stack:
         for module in names:
@@ -219,7 +220,7 @@ def find_head_by_call(network: nn.Module, call: Callable[[], Any]) -> Head:
 
 def _module_at(network: nn.Module, path: str) -> nn.Module | None:
     """The submodule at an exact path, or None."""
-    return dict(network.named_modules(remove_duplicate=False)).get(path) if path else None
+    return modules_by_path(network).get(path) if path else None
 
 
 def check_eval(network: nn.Module, called: str = "the network") -> None:

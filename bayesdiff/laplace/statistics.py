@@ -83,6 +83,12 @@ class Statistics:
             self._empty(device)
             self._sketch = None if sketch is None else self._started(check_int("sketch", sketch, least=2))
 
+    def __repr__(self) -> str:
+        """One line."""
+        c, d = self.geometry.out_channels, self.geometry.in_features
+        kept = "" if self.sketch is None else f", sketched by {self.sketch}"
+        return f"Statistics({c} × {d} weights, {self.num_bins} bins, {self.num_draws} draws of {self.num_images} images{kept})"
+
     def _empty(self, device: torch.device | str) -> None:
         num_bins, d, c = self.num_bins, self.geometry.in_features, self.geometry.out_channels
         self.gram = torch.zeros(num_bins, d, d, dtype=torch.float64, device=device)
@@ -463,6 +469,9 @@ class Statistics:
         )  # fmt: skip
         for name in _SUMS if out.curvature is None else (*_SUMS, "curvature"):
             setattr(out, name, _fitting(name, sums[name], getattr(out, name).shape).to(device))
+        for name in ("squared_residuals", "positions", "squared_scores"):
+            if bool((getattr(out, name) < 0).any()):
+                raise ArgumentError(f"expected {name} >= 0, got {float(getattr(out, name).min()):.3g}")
         shape = (out.geometry.out_channels, out.geometry.in_features)
         rows = meta.get("sketch")
         if rows is not None:
@@ -470,6 +479,8 @@ class Statistics:
             counts = sums["sketch.counts"]
             marks = _fitting("marks", sums["sketch.marks"], (len(counts), MARKS))
             out._sketch = Sketch(means, deviations, _fitting("counts", counts, (len(counts),)), marks)
+            if not bool((counts >= 1).all()):
+                raise ArgumentError(f"expected counts of at least one draw, got {float(counts.min()):.3g}")
         for part in draws:
             n = len(part["scores"])
             _fitting("scores", part["scores"], (n, *shape))

@@ -16,9 +16,10 @@ import time
 import pytest
 import torch
 
-from bayesdiff.checks import BayesdiffError, PosteriorFileError
+from bayesdiff.checks import BayesdiffError, CheckpointError, PosteriorFileError
 from bayesdiff.head.find import Head
 from bayesdiff.head.geometry import HeadGeometry
+from bayesdiff.laplace.checkpoint import Checkpoint, Journal
 from bayesdiff.laplace.posterior import LaplacePosterior
 from bayesdiff.laplace.statistics import Statistics
 from tests import cases
@@ -292,11 +293,28 @@ def saved(kind, folder):
         posterior(structure=kind, covariance="ef" if kind == "kron" else "sandwich").save(folder)
     elif kind == "large":
         large_statistics(700).save(folder)
+    elif kind == "checkpoint":
+        sums = statistics()
+        journal = journal_of(folder)
+        journal.keep(sums, Head("head", CASE.layer, sums.geometry), 8, now=True)
+        journal.close()
+        return "checkpoint", lambda: read_journal(folder), use_statistics
     else:
         statistics(4 if kind == "sketch" else None).save(folder)
     if kind in STRUCTURES:
         return "posterior", lambda: LaplacePosterior.load(folder), use_posterior
     return "statistics", lambda: Statistics.load(folder), use_statistics
+
+
+def journal_of(folder):
+    return Journal(Checkpoint(folder, 0), lambda: {"seed": 1})
+
+
+def read_journal(folder):
+    journal = journal_of(folder)
+    journal.close()
+    assert journal.statistics is not None
+    return journal.statistics
 
 
 def use_posterior(loaded):
@@ -319,7 +337,7 @@ def use_statistics(loaded):
 
 def mutation(rng, n, folder, name, text, payload):
     """One of six: bytes of a file; JSON; JSON under a right checksum; tensors, their header, or their numbers."""
-    file, tensors = folder / f"{name}.json", next(folder.glob("*.safetensors"))
+    file, tensors = folder / f"{name}.json", next(folder.glob(TENSORS.get(name, "*.safetensors")))
     file.write_text(text)
     tensors.write_bytes(payload)
     what = n % 6
@@ -336,21 +354,29 @@ def mutation(rng, n, folder, name, text, payload):
     else:
         bad = (mutated, mutated_header, mutated_numbers)[what - 3](rng, payload)
         tensors.write_bytes(bad)
-        rewritten(folder, name, lambda meta: meta | {"sha256": hashlib.sha256(bad).hexdigest()})
+        digest = {"sha256": hashlib.sha256(bad).hexdigest()}
+        rewritten(
+            folder, name, lambda meta: meta | ({"sums": meta["sums"] | digest} if name == "checkpoint" else digest)
+        )
     return what < 2, file.stat().st_size + tensors.stat().st_size
 
 
+#: Which file of tensors is changed, where there are several.
+TENSORS = {"checkpoint": "sums-*.safetensors"}
 #: What loading may take beside twice the file: what the interpreter and the allocator hold on to.
 SLACK = 2**21
 
 
 @pytest.mark.filterwarnings("ignore::bayesdiff.checks.ProjectionWarning")
-@pytest.mark.parametrize("kind", [*STRUCTURES, "statistics", "sketch", "large"])
+@pytest.mark.parametrize("kind", [*STRUCTURES, "statistics", "sketch", "large", "checkpoint"])
 def test_mutated_folders(tmp_path, kind, watch):
     """A typed error, or the same numbers; with checksums that fit, other numbers, but a variance all the same."""
     rng, growth = random.Random(SEED), Growth()
     name, load, use = saved(kind, tmp_path)
-    text, payload = (tmp_path / f"{name}.json").read_text(), next(tmp_path.glob("*.safetensors")).read_bytes()
+    text, payload = (
+        (tmp_path / f"{name}.json").read_text(),
+        next(tmp_path.glob(TENSORS.get(name, "*.safetensors"))).read_bytes(),
+    )
     expected, errors, later, same, largest = use(load()), 0, 0, 0, 0.0
     for n in range(MUTATIONS // 10 if kind == "large" else MUTATIONS):
         covered, size = mutation(rng, n, tmp_path, name, text, payload)
@@ -359,7 +385,7 @@ def test_mutated_folders(tmp_path, kind, watch):
         try:
             with watch(tmp_path):
                 loaded = load()
-        except PosteriorFileError:
+        except (PosteriorFileError, CheckpointError):
             errors += 1
         grown = growth.bytes()
         largest = max(largest, grown / size)
