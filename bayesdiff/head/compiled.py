@@ -8,8 +8,10 @@ were, with nothing to compile again. Their values differ from those of the compi
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import nn
@@ -33,5 +35,32 @@ def uncompiled() -> Iterator[None]:
     if "torch._dynamo" not in sys.modules:  # nothing has been compiled
         yield
         return
-    with torch.compiler.set_stance("force_eager"):
+    _stance.enter()
+    try:
         yield
+    finally:
+        _stance.leave()
+
+
+class _Stance:
+    """PyTorch's stance is one for all threads: the first that comes changes it, the last that goes puts it back."""
+
+    def __init__(self) -> None:
+        self.lock, self.inside = threading.Lock(), 0
+        self.context: AbstractContextManager[Any] = nullcontext()
+
+    def enter(self) -> None:
+        with self.lock:
+            if not self.inside:
+                self.context = torch.compiler.set_stance("force_eager")
+                self.context.__enter__()
+            self.inside += 1
+
+    def leave(self) -> None:
+        with self.lock:
+            self.inside -= 1
+            if not self.inside:
+                self.context.__exit__(None, None, None)
+
+
+_stance = _Stance()

@@ -8,6 +8,7 @@ from diffusers import DDIMScheduler
 from torch import nn
 
 import bayesdiff as bd
+from bayesdiff.head.compiled import uncompiled
 from tests import cases
 
 DRAWS = bd.Tangents(draws=4)
@@ -112,6 +113,21 @@ def test_fitted_and_mapped_as_it_was_written(how, warm):
     assert torch.equal(loop(net, x), loop(plain, x))  # afterwards compiled as ever
     assert backend.ran > before[1]
     assert backend.compiled == before[0] or not warm
+
+
+def test_threads_leave_compiled_code_compiled():
+    """PyTorch's setting is one for all threads: the last that goes puts it back, in whatever order they came."""
+    backend = Backend()
+    torch._dynamo.reset()
+    net, x = whole(network(), backend), torch.randn(2, 1, 8, 8)
+    one, other = uncompiled(), uncompiled()
+    for step in (one.__enter__, other.__enter__, lambda: one.__exit__(None, None, None)):
+        step()
+        loop(net, x)
+        assert backend.ran == 0
+    other.__exit__(None, None, None)
+    loop(net, x)
+    assert backend.ran > 0
 
 
 def test_a_pipeline_with_a_compiled_network():
