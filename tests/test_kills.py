@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 
-KILLS = os.environ.get("BAYESDIFF_KILLS", "3")
+KILLS = os.environ.get("BAYESDIFF_KILLS", "2")
 
 
 def test_killed_at_random_moments():

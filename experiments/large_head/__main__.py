@@ -44,12 +44,12 @@ def main(
     with tempfile.TemporaryDirectory() as temporary:
         where = str(scratch or temporary)
 
-        def stage(name: str, **task: Any) -> None:
+        def stage(row: str, /, **task: Any) -> None:
             task = {"folder": where, "shape": (images, channels, features, tokens), **task}
             line = [sys.executable, "-W", "ignore", "-m", "experiments.large_head.measure", json.dumps(task)]
             done = subprocess.run(line, check=True, stdout=subprocess.PIPE, text=True)
-            results[name] = json.loads(done.stdout.splitlines()[-1])
-            print(name, results[name], flush=True)
+            results[row] = json.loads(done.stdout.splitlines()[-1])
+            print(row, results[row], flush=True)
             settings = {"command": command("large_head"), "images": images, "channels": channels, "features": features,
                         "tokens": tokens, "rows": rows, "compared": compared}  # fmt: skip
             record(folder, settings, results)

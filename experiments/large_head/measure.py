@@ -48,8 +48,9 @@ def made(images: int, channels: int, features: int, tokens: int) -> Iterator[tup
         yield x, r, bins, (first + torch.arange(n)).repeat_interleave(DRAWS)
 
 
-def statistics(images: int, channels: int, features: int, tokens: int, sketch: int | None) -> Statistics:
+def statistics(shape: tuple[int, ...], sketch: int | None) -> Statistics:
     """Of the synthetic tokens."""
+    images, channels, features, tokens = shape
     out = Statistics(head(channels, features).geometry, BINS, sketch=sketch)
     for batch in made(images, channels, features, tokens):
         out.update(*batch)
@@ -60,7 +61,7 @@ def statistics(images: int, channels: int, features: int, tokens: int, sketch: i
 def fit(folder: Path, shape: tuple[int, ...], rows: int) -> dict[str, Any]:
     """The sums of all images, saved."""
     clock = time.perf_counter()
-    found = statistics(*shape, rows)
+    found = statistics(shape, rows)
     seconds = time.perf_counter() - clock
     found.save(folder / "statistics")
     return {"seconds": seconds, "file_mb": size_of(folder / "statistics")}
@@ -93,7 +94,7 @@ def compare(shape: tuple[int, ...], rows: int, settings: dict[str, Any]) -> dict
     x = torch.randn(200, shape[2] - 1, generator=generator).relu()
     exact, sketched = (
         LaplacePosterior.from_statistics(
-            statistics(*shape, r), head(*shape[1:3]), dataset_size=10**6, **settings
+            statistics(shape, r), head(*shape[1:3]), dataset_size=10**6, **settings
         ).variance(x)
         for r in (None, rows)
     )
