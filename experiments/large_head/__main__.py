@@ -17,7 +17,7 @@ from typing import Annotated, Any
 
 import typer
 
-from experiments.common import command, record, results_folder, table
+from experiments.common import record, results_folder, table
 
 #: Posteriors that are cut from the sums of two draws of each image.
 CUTS: dict[str, dict[str, Any]] = {
@@ -50,7 +50,7 @@ def main(
             done = subprocess.run(line, check=True, stdout=subprocess.PIPE, text=True)
             results[row] = json.loads(done.stdout.splitlines()[-1])
             print(row, results[row], flush=True)
-            settings = {"command": command("large_head"), "images": images, "channels": channels, "features": features,
+            settings = {"command": "python -m experiments.large_head", "images": images, "channels": channels, "features": features,
                         "tokens": tokens, "rows": rows, "compared": compared}  # fmt: skip
             record(folder, settings, results)
 
