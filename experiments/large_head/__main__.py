@@ -50,8 +50,8 @@ def main(
             done = subprocess.run(line, check=True, stdout=subprocess.PIPE, text=True)
             results[row] = json.loads(done.stdout.splitlines()[-1])
             print(row, results[row], flush=True)
-            settings = {"command": "python -m experiments.large_head", "images": images, "channels": channels, "features": features,
-                        "tokens": tokens, "rows": rows, "compared": compared}  # fmt: skip
+            settings = {"command": "python -m experiments.large_head", "images": images, "channels": channels,
+                        "features": features, "tokens": tokens, "rows": rows, "compared": compared}  # fmt: skip
             record(folder, settings, results)
 
         if only in (None, "fit"):
