@@ -11,7 +11,7 @@ from torch import Tensor
 from bayesdiff.checks import NegativeVarianceError, ShapeError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Gaussian:
     r"""Independent Gaussians :math:`\mathcal N(\mu_i, \sigma_i^2)`, one for each element of a tensor.
 
@@ -39,6 +39,11 @@ class Gaussian:
                 f"expected variances >= 0, got {int(bad.sum())} of {bad.numel()} negative or NaN "
                 f"(least: {self.variance.nan_to_num(nan=float('-inf')).min().item():.3g})"
             )
+
+    def __repr__(self) -> str:
+        """One line, no tensors."""
+        shape, variance = tuple(self.mean.shape), self.variance.double().mean().item()
+        return f"Gaussian({shape}, mean variance {variance:.3g})"
 
     @property
     def std(self) -> Tensor:

@@ -12,7 +12,7 @@ import os
 import platform
 import secrets
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from bayesdiff.checks import PosteriorFileError, check_output_folder
@@ -31,8 +31,8 @@ PACKAGES = ("torch", "diffusers", "laplace-torch", "numpy")
 
 
 @contextmanager
-def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A temporary path beside ``path``, with its suffix; at the end of the block it takes that name.
+def atomic_path(path: str | os.PathLike[str], named: Callable[[Path], Path] | None = None) -> Iterator[Path]:
+    """A temporary path beside ``path``, with its suffix; at the end of the block it takes that name, or that of ``named`` of it.
 
     When the block raises, the temporary file is removed and what was at ``path`` stays as it was.
 
@@ -49,7 +49,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.chmod(temporary, mode)
-        os.replace(temporary, path)
+        os.replace(temporary, path if named is None else named(temporary))
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -88,21 +88,32 @@ def write_folder(
         OutputFolderError: The folder cannot be written.
     """
     path = check_output_folder(folder)
-    payload = save({k: v.detach().cpu().contiguous() for k, v in tensors.items()})
-    digest = hashlib.sha256(payload).hexdigest()
+    checksum(meta)  # fails on what is not JSON before anything is written
     # The file's name carries its content, so name.json, replaced last, always names a complete one.
-    final = path / f"{name}-{digest[:16]}.safetensors"
+    final, digest = write_named(path, name, tensors)
     content = {"format": version, "tensors": final.name, "sha256": digest, **meta}
-    content["checksum"] = _checksum(content)  # fails on what is not JSON before anything is written
-    with atomic_path(final) as temporary:
-        temporary.write_bytes(payload)
+    content["checksum"] = checksum(content)
     write_json(path / f"{name}.json", content)
     for old in path.glob(f"{name}-*.safetensors"):
         if old != final:
             old.unlink()
 
 
-def _checksum(content: Mapping[str, Any]) -> str:
+def write_named(folder: Path, name: str, tensors: Mapping[str, Tensor]) -> tuple[Path, str]:
+    """Write ``name-….safetensors``, named for its content; its path and its SHA-256. Nothing is copied in memory."""
+    found: list[tuple[Path, str]] = []
+
+    def named(file: Path) -> Path:
+        digest = digest_of(file)
+        found.append((folder / f"{name}-{digest[:16]}.safetensors", digest))
+        return found[0][0]
+
+    with atomic_path(folder / f"{name}.safetensors", named) as temporary:
+        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary)
+    return found[0]
+
+
+def checksum(content: Mapping[str, Any]) -> str:
     """SHA-256 of what a JSON file says, however it is indented; without the checksum itself.
 
     Raises:
@@ -141,23 +152,33 @@ def _read(path: Path, name: str, version: int) -> tuple[dict[str, Tensor], dict[
             f"expected {name} format {version}, got {meta['format'] if isinstance(meta, dict) else meta!r} in {str(path)!r}: it "
             "was written by another version of bayesdiff; fit again"
         )
-    if meta["checksum"] != _checksum(meta):
+    if meta["checksum"] != checksum(meta):
         raise PosteriorFileError(
             f"expected {json_file.name} in {str(path)!r} as it was written, got another checksum: it was edited or is damaged; "
             "change a posterior with recut and save it again"
         )
     file = path / Path(str(meta["tensors"])).name  # in this folder and no other
-    if _digest(file) != meta["sha256"]:
+    return read_named(file, meta["sha256"]), meta
+
+
+def read_named(file: Path, digest: str) -> dict[str, Tensor]:
+    """The tensors of a file with this SHA-256; takes twice its size in memory for a time.
+
+    Raises:
+        PosteriorFileError: It has another.
+        OSError, SafetensorError: It cannot be read.
+    """
+    if digest_of(file) != digest:
         raise PosteriorFileError(
-            f"expected {file.name} in {str(path)!r} to have the checksum that {name}.json records, got another: the "
+            f"expected {file.name} in {str(file.parent)!r} to have the checksum that is recorded of it, got another: the "
             "file is damaged or truncated; save it again"
         )
     with safe_open(file, "pt") as tensors:
         # Copied: tensors within the file's bytes are not aligned as others are, and would be summed in another order.
-        return {key: tensors.get_tensor(key).clone() for key in tensors.keys()}, meta  # noqa: SIM118
+        return {key: tensors.get_tensor(key).clone() for key in tensors.keys()}  # noqa: SIM118
 
 
-def _digest(file: Path) -> str:
+def digest_of(file: Path) -> str:
     """SHA-256 of a file, a piece at a time."""
     digest = hashlib.sha256()
     with open(file, "rb") as stream:

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from bayesdiff.checks import ArgumentError, UnsupportedPipelineError, check_int
+from bayesdiff.head.compiled import original
 from bayesdiff.head.find import Head, check_eval, denoiser
 from bayesdiff.head.identity import NetworkIdentity
 from bayesdiff.laplace.posterior import LaplacePosterior
@@ -114,6 +115,7 @@ def propagate(
         raise ArgumentError(f"expected a function, got {type(function).__name__}")
     if not isinstance(network, nn.Module):
         raise ArgumentError(f"expected the network as a torch.nn.Module, got {type(network).__name__}")
+    network = original(network)
     check_posterior(posterior)
     chosen = settings(propagation)
     if isinstance(chosen, BayesDiff):

@@ -65,7 +65,7 @@ def run_demo(
     same = all(np.array_equal(np.asarray(a), np.asarray(b)) for a, b in zip(plain, fast.images, strict=True))
     agreement = compare(fast.std, slow.std)
     noise = {"tangents": (2 * num_tangents) ** -0.5, "ensemble": (2 * (ensemble - 1)) ** -0.5}
-    write_samples(out, fast)
+    _, written = write_samples(out, fast)
     write_figure_of(out, fast, names, reference=slow, names=("tangents", "ensemble"))
     calls = {"plain": fast.plain_calls, "tangents": fast.calls, "ensemble": slow.calls}
     record = {
@@ -80,7 +80,7 @@ def run_demo(
         "agreement": agreement,
         "relative_noise_of_std": noise,
     }  # fmt: skip
-    write_record(out, "demo", where, **record)
+    write_record(out, "demo", where, [*written, "figure.png"], **record)
 
     rows = [
         (label, str(calls[key]), f"{calls[key] / calls['plain']:.1f}", f"{seconds[key]:.1f}")

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from bayesdiff.checks import check_choice, check_int, check_output_folder
+from bayesdiff.checks import ArgumentError, check_choice, check_int, check_output_folder
 from bayesdiff.cli import main as options
 from bayesdiff.cli import show
 from bayesdiff.cli.models import load_model
@@ -36,6 +36,7 @@ class FitOptions:
     covariance: str
     batch_size: int
     checkpoint_every: float
+    overwrite: bool
     seed: int
     dtype: str
     device: str | None
@@ -51,6 +52,12 @@ def run_fit(o: FitOptions) -> None:
     check_choice("--covariance", o.covariance, options.COVARIANCES)
     check_choice("--dtype", o.dtype, options.DTYPES)
     checkpoint = Checkpoint(o.out / "checkpoint", o.checkpoint_every)
+    begun = (o.out / "checkpoint" / "checkpoint.json").is_file()
+    if (o.out / "posterior.json").exists() and not o.overwrite and not begun:
+        raise ArgumentError(
+            f"expected a folder without a posterior for --out, got {str(o.out)!r}, which has one: choose another, or replace it "
+            "with --overwrite"
+        )
     where = show.chosen_device(o.device)
     pipe, _ = load_model(o.model, None, getattr(torch, o.dtype))
     frame = framing_of(pipe, denoiser(pipe), o.size, None, o.convert)
@@ -58,7 +65,6 @@ def run_fit(o: FitOptions) -> None:
     show.say(f"fitting a posterior of {show.name_of(o.model)} to {len(data)} images")
     check_output_folder(o.out)
     pipe.to(where)
-    begun = (o.out / "checkpoint" / "checkpoint.json").is_file()
     if begun:
         show.say("going on where an earlier fit was stopped")
     seconds: dict[str, float] = {}
@@ -70,7 +76,7 @@ def run_fit(o: FitOptions) -> None:
             generator=torch.Generator().manual_seed(o.seed), progress=show.has_terminal(), **settings,
         )  # fmt: skip
     posterior.save(o.out)
-    written = {k: v for k, v in asdict(o).items() if k not in ("out", "device", "checkpoint_every")}
+    written = {k: v for k, v in asdict(o).items() if k not in ("out", "device", "checkpoint_every", "overwrite")}
     written |= {"model": show.name_of(o.model), "data": o.data.resolve().name}
     write_record(
         o.out, "fit", where, settings=written, posterior=show.describe(posterior), seconds=seconds, resumed=begun

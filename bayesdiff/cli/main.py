@@ -81,6 +81,10 @@ def fit_command(
     covariance: Covariance = "sandwich",
     batch_size: Annotated[int, typer.Option(help="Rows in a network call.")] = 16,
     checkpoint_every: Annotated[float, typer.Option(help="Seconds between checkpoints, at least.")] = 60.0,
+    overwrite: Annotated[
+        bool,
+        typer.Option("--overwrite", help="Replace the posterior that is in the folder, once the new one is whole."),
+    ] = False,
     seed: Annotated[int, typer.Option(help="Of timesteps and noise.")] = 0,
     dtype: Dtype = "float32",
     device: Device = None,
@@ -106,6 +110,7 @@ def fit_command(
                 covariance=covariance,
                 batch_size=batch_size,
                 checkpoint_every=checkpoint_every,
+                overwrite=overwrite,
                 seed=seed,
                 dtype=dtype,
                 device=device,

@@ -146,8 +146,9 @@ def draw_maps(o: MapOptions) -> None:
     with show.timed(seconds, "sampling"):
         output = up(**call.keywords)
 
-    files = write_samples(o.out, output)
+    files, written = write_samples(o.out, output)
     drawn = write_figure_of(o.out, output, call.titles)
+    written += ["figure.png"] if drawn else []
     kind = "class" if o.classes else "prompt" if o.prompts else "number"
     samples = [
         {"file": file, kind: title, "seed": o.seed + i, **{k: float(v[i]) for k, v in output.scores().items()}}
@@ -158,7 +159,7 @@ def draw_maps(o: MapOptions) -> None:
         calls["other_modules"] = output.other_calls
     write_record(
         o.out, "map", where, settings=settings, samples=samples, posterior=show.describe(laplace), network_calls=calls,
-        seconds=seconds,
+        seconds=seconds, files=written,
     )  # fmt: skip
     std = output.std.flatten(1).double()
     show.show_table(

@@ -1,4 +1,8 @@
-"""What a command leaves behind: pictures, ``std.npz``, a figure, a record of what was run. Each file is whole or not there."""
+"""What a command leaves behind: pictures, ``std.npz``, a figure, a record of what was run. Each file is whole or not there.
+
+The record is written last and has the SHA-256 of each other file: so a folder in which a run was killed half-way, over the files
+of another, can be told.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from bayesdiff.io import atomic_path, environment, write_json
+from bayesdiff.io import atomic_path, digest_of, environment, write_json
 from bayesdiff.output import UncertaintyOutput
 from bayesdiff.plotting import plot_maps
 
@@ -40,13 +44,13 @@ def pictures_of(output: UncertaintyOutput) -> Pictures | None:
     return None
 
 
-def write_samples(out: Path, output: UncertaintyOutput) -> list[str]:
-    """Pictures as PNG and ``std.npz``; returns the name of each sample's first picture."""
+def write_samples(out: Path, output: UncertaintyOutput) -> tuple[list[str], list[str]]:
+    """Pictures as PNG and ``std.npz``; returns the name of each sample's first picture, and all names."""
     pictures = pictures_of(output)
     arrays = {"std": output.std.float().cpu().numpy()}
     if output.latents is not None:
         arrays["latent_variance"] = output.latents.variance.float().cpu().numpy()
-    files = []
+    files, written = [], ["std.npz"]
     if pictures is None:
         images = output.images
         arrays["output"] = images.detach().float().cpu().numpy() if isinstance(images, Tensor) else np.asarray(images)
@@ -61,9 +65,10 @@ def write_samples(out: Path, output: UncertaintyOutput) -> list[str]:
             with atomic_path(out / name) as temporary:
                 image.save(temporary)
         files.append(names[0])
+        written += names
     with atomic_path(out / "std.npz") as temporary:
         np.savez_compressed(temporary, allow_pickle=False, **arrays)
-    return files
+    return files, written
 
 
 def write_figure_of(
@@ -83,6 +88,17 @@ def write_figure_of(
     return True
 
 
-def write_record(out: Path, command: str, device: torch.device, **entries: Any) -> None:
-    """``settings.json``: what was run, on what, and what came out."""
-    write_json(out / "settings.json", {"command": command, **entries, "environment": environment(device)})
+def write_record(out: Path, command: str, device: torch.device, files: Sequence[str] = (), **entries: Any) -> None:
+    """``settings.json``: what was run, on what, and what came out.
+
+    Args:
+        out: The folder.
+        command: Its name.
+        device: Where it was run.
+        files: The other files of the run, which lie there already.
+        entries: What else is told.
+    """
+    digests = {name: digest_of(out / name) for name in sorted(files)}
+    write_json(
+        out / "settings.json", {"command": command, **entries, "sha256": digests, "environment": environment(device)}
+    )

@@ -15,6 +15,7 @@ from bayesdiff.diffusion.noising import noised
 from bayesdiff.fitting.by_call import Call, check_images
 from bayesdiff.fitting.regression import source_of, training_timesteps
 from bayesdiff.fitting.seen import Seen
+from bayesdiff.head.compiled import uncompiled
 from bayesdiff.head.find import Head
 from bayesdiff.rng import normal
 
@@ -53,6 +54,7 @@ class Features:
         )
 
 
+@uncompiled()
 def features(
     pipe_or_model: Any,
     images: Any,

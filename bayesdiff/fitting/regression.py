@@ -33,6 +33,7 @@ from bayesdiff.fitting.by_call import ByCall, Call, check_images
 from bayesdiff.fitting.by_pipe import ByPipe
 from bayesdiff.fitting.samples import Clean
 from bayesdiff.fitting.seen import Observer, Seen
+from bayesdiff.head.compiled import uncompiled
 from bayesdiff.head.find import check_eval, denoiser, find_head
 from bayesdiff.head.identity import NetworkIdentity
 from bayesdiff.head.loaded import placement
@@ -53,6 +54,7 @@ HELD = 2**26
 KEPT = 2**30
 
 
+@uncompiled()
 def fit(
     pipe_or_model: Any,
     images: Any,

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from bayesdiff.checks import AmbiguousHeadError, ArgumentError, HeadNotFoundError, UnsupportedHeadError
+from bayesdiff.head.compiled import modules_by_path, original, uncompiled
 from bayesdiff.head.geometry import LAYERS, HeadGeometry
 from bayesdiff.head.layer import Head
 from bayesdiff.head.numbers import send_numbers, tensor_of
@@ -79,9 +80,10 @@ def _component(model: Any, head: str | None) -> tuple[nn.Module, str, str]:
     first, _, rest = (head or "").partition(".")
     if isinstance(model, nn.Module):  # a path of a pipeline's may be asked of the network itself
         foreign = NETWORKS.fullmatch(first) and not hasattr(model, first)
-        return (model, f"{first}.", rest) if foreign else (model, "", head or "")
+        network = original(model)
+        return (network, f"{first}.", rest) if foreign else (network, "", head or "")
     if first and isinstance(getattr(model, first, None), nn.Module):
-        return getattr(model, first), f"{first}.", rest
+        return original(getattr(model, first)), f"{first}.", rest
     names = ["unet", "transformer", *(n for n in getattr(model, "__dict__", ()) if NETWORKS.fullmatch(n))]
     values = {n: getattr(model, n, None) for n in names}
     networks = {n: v for n, v in values.items() if isinstance(v, nn.Module)}
@@ -98,9 +100,10 @@ def _component(model: Any, head: str | None) -> tuple[nn.Module, str, str]:
             f"expected a pipeline with one denoising network, got {' and '.join(map(repr, networks))}; say which is meant: "
             f'head="{last}.{path}"'
         )
-    return next(iter(networks.values())), "", head or ""
+    return original(next(iter(networks.values()))), "", head or ""
 
 
+@uncompiled()
 def find_head(model: Any, head: str | None = None, call: Callable[[], Any] | None = None) -> Head:
     """Find the output layer of a denoising network.
 
@@ -177,9 +180,10 @@ def find_head_by_call(network: nn.Module, call: Callable[[], Any]) -> Head:
         AmbiguousHeadError: Those of several did, in different places.
         UnsupportedHeadError: The layer is of another kind, or is passed several times in one call of the network.
     """
-    names: dict[nn.Module, str] = {
-        m: n for n, m in network.named_modules() if isinstance(m, (nn.Linear, nn.modules.conv._ConvNd))
-    }
+    names: dict[nn.Module, str] = {}
+    for name, module in modules_by_path(network).items():
+        if isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)):
+            names.setdefault(module, name)
     called: list[nn.Module] = []
     with ExitStack() as stack:
         for module in names:
@@ -221,7 +225,7 @@ def find_head_by_call(network: nn.Module, call: Callable[[], Any]) -> Head:
 
 def _module_at(network: nn.Module, path: str) -> nn.Module | None:
     """The submodule at an exact path, or None."""
-    return dict(network.named_modules(remove_duplicate=False)).get(path) if path else None
+    return modules_by_path(network).get(path) if path else None
 
 
 def check_eval(network: nn.Module, called: str = "the network") -> None:

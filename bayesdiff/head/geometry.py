@@ -307,7 +307,10 @@ class HeadGeometry:
             flat = x.reshape(-1, self.in_channels)
             mean = flat.mean(0)
             flat = flat - mean
-            block += flat.T @ flat
+            if flat.dtype == block.dtype:
+                block.addmm_(flat.T, flat)
+            else:
+                block += flat.T @ flat
             first, count = flat.sum(0, dtype=torch.float64), len(flat)
             shift = mean.double()
         else:

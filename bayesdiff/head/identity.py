@@ -20,7 +20,7 @@ from bayesdiff.checks import HeadMismatchError, ShapeError
 SAMPLES = 8
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class NetworkIdentity:
     """Of one network at one time.
 
@@ -44,6 +44,10 @@ class NetworkIdentity:
             )
         if not isinstance(self.layout, str):
             raise ShapeError(f"expected the layout of a network as text, got {self.layout!r}")
+
+    def __repr__(self) -> str:
+        """One line."""
+        return f"NetworkIdentity({len(self.samples)} tensors, {self.layout[:12]}…)"
 
     @classmethod
     @torch.no_grad()

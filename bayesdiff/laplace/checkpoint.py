@@ -22,16 +22,15 @@ from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from bayesdiff.checks import ArgumentError, CheckpointError, check_output_folder
+from bayesdiff.checks import ArgumentError, CheckpointError, PosteriorFileError, check_output_folder
 from bayesdiff.data import ImageData, modules_of
 from bayesdiff.head.layer import Head
-from bayesdiff.io import atomic_path, write_json
+from bayesdiff.io import checksum, read_named, write_json, write_named
 from bayesdiff.laplace.statistics import Statistics
 
-FORMAT = 1
+FORMAT = 2
 _INDEX = "checkpoint.json"
 _LOCK = "checkpoint.lock"
 _SHARE = 0.02  # of the time may go into writing
@@ -122,12 +121,19 @@ class Journal:
                 raise CheckpointError(
                     f"expected a checkpoint of format {FORMAT} in {str(self.folder)!r}, got {meta['format']!r}"
                 )
+            if meta["checksum"] != checksum(meta):
+                raise CheckpointError(
+                    f"expected {_INDEX} in {str(self.folder)!r} as it was written, got another checksum: it is damaged; remove "
+                    "the folder to begin again"
+                )
             self._compare(meta["identity"])
             sums = self._load(meta["sums"])
             draws = [self._load(entry) for entry in meta["draws"]]
             self.statistics = Statistics.from_state(meta["statistics"], sums, draws, device)
             self.images, self.head, self._draws = int(meta["images"]), str(meta["head"]), list(meta["draws"])
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        except (
+            OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError, OverflowError, SafetensorError
+        ) as error:  # fmt: skip
             if isinstance(error, CheckpointError):
                 raise
             raise CheckpointError(
@@ -149,13 +155,13 @@ class Journal:
             )
 
     def _load(self, entry: Mapping[str, str]) -> dict[str, Tensor]:
-        payload = (self.folder / entry["file"]).read_bytes()
-        if hashlib.sha256(payload).hexdigest() != entry["sha256"]:
+        try:
+            return read_named(self.folder / Path(entry["file"]).name, entry["sha256"])
+        except PosteriorFileError as error:
             raise CheckpointError(
                 f"expected {entry['file']} in {str(self.folder)!r} as it was written, got another checksum: it is damaged; "
                 "remove the folder to begin again"
-            )
-        return {k: v.clone() for k, v in load(payload).items()}
+            ) from error
 
     def keep(self, statistics: Statistics | None, head: Head | None, images: int, *, now: bool = False) -> None:
         """Write down that the first ``images`` images are in the ``statistics`` of a head, if it is time to or ``now``.
@@ -175,13 +181,11 @@ class Journal:
         if batches:
             self._draws.append(self._store("draws", batches))
         sums = self._store("sums", statistics.sums())
-        write_json(
-            self.folder / _INDEX,
-            {
-                "format": FORMAT, "images": images, "identity": self.identity, "head": head.path,
-                "statistics": statistics.meta(), "sums": sums, "draws": self._draws,
-            },
-        )  # fmt: skip
+        index = {
+            "format": FORMAT, "images": images, "identity": self.identity, "head": head.path,
+            "statistics": statistics.meta(), "sums": sums, "draws": self._draws,
+        }  # fmt: skip
+        write_json(self.folder / _INDEX, {**index, "checksum": checksum(index)})
         named = {sums["file"], *(entry["file"] for entry in self._draws)}
         for old in [*self.folder.glob("sums-*.safetensors"), *self.folder.glob("draws-*.safetensors")]:
             if old.name not in named:
@@ -192,13 +196,8 @@ class Journal:
             self._pause = max(self.settings.seconds, (self._last - begun) / _SHARE)
 
     def _store(self, name: str, tensors: Mapping[str, Tensor]) -> dict[str, str]:
-        payload = save({k: v.detach().cpu().contiguous() for k, v in tensors.items()})
-        digest = hashlib.sha256(payload).hexdigest()
-        number = f"{len(self._draws):06d}-" if name == "draws" else ""
-        file = f"{name}-{number}{digest[:16]}.safetensors"
-        with atomic_path(self.folder / file) as temporary:
-            temporary.write_bytes(payload)
-        return {"file": file, "sha256": digest}
+        file, digest = write_named(self.folder, f"draws-{len(self._draws):06d}" if name == "draws" else name, tensors)
+        return {"file": file.name, "sha256": digest}
 
 
 def identity(pipe: Any, data: ImageData, **settings: Any) -> dict[str, Any]:
@@ -258,6 +257,7 @@ def model_digest(*modules: nn.Module) -> str:
     digest = hashlib.sha256()
     for number, module in enumerate(modules):
         for name, tensor in module.state_dict().items():
+            name = name.replace("_orig_mod.", "")  # of a compiled module
             if not isinstance(tensor, Tensor):
                 continue
             digest.update(f"{number} {name} {tuple(tensor.shape)} {tensor.dtype}".encode())

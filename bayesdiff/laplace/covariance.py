@@ -25,7 +25,7 @@ from functools import cached_property
 import torch
 from torch import Generator, Tensor
 
-from bayesdiff.checks import ShapeError
+from bayesdiff.checks import ArgumentError, ShapeError
 from bayesdiff.rng import normal, orthogonal_normal
 
 #: Makes standard normal numbers of a shape; the first dimension is that of the draws.
@@ -60,6 +60,7 @@ class Covariance:
 
     Raises:
         ShapeError: The parts are not those of the form, or not of this shape.
+        ArgumentError: A variance is negative.
     """
 
     form: str
@@ -93,6 +94,12 @@ class Covariance:
                     f"expected {name.rstrip('?')} of a {self.form} covariance as float64 {'×'.join(letters)} with C = {c} and "
                     f"D = {d}, got {part.dtype} {tuple(part.shape)}"
                 )
+            if name.rstrip("?") in ("variances", "rest", "tau") and bool((part < 0).any()):
+                raise ArgumentError(
+                    f"expected {name.rstrip('?')} of a {self.form} covariance >= 0, got {float(part.min()):.3g}"
+                )
+        # As a file has them: another order in memory is another order of summing, and other last bits.
+        object.__setattr__(self, "parts", {name: part.contiguous() for name, part in self.parts.items()})
 
     @cached_property
     def rows(self) -> Tensor | None:

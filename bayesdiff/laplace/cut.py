@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bayesdiff.checks import ArgumentError, check_choice, check_finite, check_int
+from bayesdiff.checks import ArgumentError, EmptyDataError, check_choice, check_finite, check_int
 from bayesdiff.diffusion.weighting import WEIGHTINGS
 from bayesdiff.laplace.evidence import evidence_noise, evidence_prior_precision
 from bayesdiff.laplace.loss import Loss, Squares
@@ -51,6 +51,8 @@ def cut(
             "weights of each draw"
         )
     n = statistics.num_images
+    if not n:
+        raise EmptyDataError("expected at least one image to fit to, got none")
     for name, sums in statistics.sums().items():
         check_finite(name, sums, "features or residuals are too large even for float64: scale the data")
     noise = statistics.noise_variance()

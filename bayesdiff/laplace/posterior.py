@@ -146,6 +146,7 @@ class LaplacePosterior:
 
         Raises:
             ShapeError, NonFiniteError: They are not.
+            ArgumentError: Noise variances or weights are negative.
         """
         c, d = self.geometry.out_channels, self.geometry.in_features
         bins = len(self.noise_variance) if self.noise_variance.ndim == 1 else -1
@@ -166,6 +167,11 @@ class LaplacePosterior:
             raise ShapeError(f"expected a covariance for structure {self.structure!r}, got a {self.sigma.form} one")
         for name, value in self.sigma.parts.items():
             check_finite(f"{name} of the covariance", value)
+        if not bool((self.noise_variance > 0).all()) or bool((self.weights < 0).any()):
+            raise ArgumentError(
+                f"expected noise variances > 0 and weights >= 0, got {float(self.noise_variance.min()):.3g} and "
+                f"{float(self.weights.min()):.3g}"
+            )
 
     def channel_precisions(self) -> Tensor:
         """τ by channel, ``(C,)`` float64."""
@@ -471,7 +477,8 @@ class LaplacePosterior:
                 so they are not for the moments of what is not linear.
         """
         check_int("n", n, least=1)
-        return self.sigma.draw(n, generator, orthogonal) * math.sqrt(self.temperature)
+        drawn = self.sigma.draw(n, generator, orthogonal) * math.sqrt(self.temperature)
+        return check_finite("draws of the weights", drawn, "the covariance is too large even for float64")
 
     def sample(self, n: int, generator: Generator | None = None) -> Tensor:
         """n draws of the head's weights, bias as the last column: ``(n, C, D)`` float64, on the CPU."""

@@ -10,6 +10,9 @@ so a variance :math:`a^\top(\frac1R\sum_r S_rS_r^\top)a` is unbiased, with a rel
 there are, sketches of parts of the data add up, and each row is a draw of the score. The deviations of the draws of one image
 around their mean are sketched beside them, with signs of their own.
 
+Beside it a few numbers of each image are kept, its mean gradient in random mixtures of the weights: by them images are known
+again, so that nobody counts the same draws twice.
+
 Signs come from the gradients themselves, a hash of some of their numbers: so they do not depend on batches or processes, and two
 processes never share signs for different images.
 """
@@ -17,9 +20,11 @@ processes never share signs for different images.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 
 import numpy as np
 import torch
+from scipy.spatial import cKDTree
 from torch import Tensor
 
 from bayesdiff.laplace.training import Scores
@@ -28,6 +33,12 @@ from bayesdiff.laplace.training import Scores
 ROWS = 256
 #: Numbers of a gradient that its signs are made of.
 HASHED = 64
+#: Random mixtures of an image's mean score that it is known by.
+MARKS = 8
+#: How far apart those of the same draws may be, relative to their size: networks round otherwise in other batches.
+ROUNDED = 1e-3
+#: Numbers of scores that are worked on at once.
+WORKED = 2**22
 
 
 class Sketch:
@@ -37,54 +48,61 @@ class Sketch:
         means: S, ``(R, C, D)`` float64.
         deviations: The same of the deviations.
         counts: m_i, the draws of each image, ``(n,)`` float64 on the CPU.
+        marks: What each image is known by (:func:`marks_of`), ``(n, 8)`` float64 on the CPU.
     """
 
-    def __init__(self, means: Tensor, deviations: Tensor, counts: Tensor) -> None:
-        self.means, self.deviations, self.counts = means, deviations, counts
+    def __init__(self, means: Tensor, deviations: Tensor, counts: Tensor, marks: Tensor) -> None:
+        self.means, self.deviations, self.counts, self.marks = means, deviations, counts, marks
 
     @classmethod
     def empty(cls, rows: int, like: Tensor) -> Sketch:
         """Of no images; ``like`` is (…, C, D)."""
         zeros = like.new_zeros(rows, *like.shape[-2:])
-        return cls(zeros, zeros.clone(), torch.zeros(0, dtype=torch.float64))
+        return cls(
+            zeros, zeros.clone(), torch.zeros(0, dtype=torch.float64), torch.zeros(0, MARKS, dtype=torch.float64)
+        )
 
     @property
     def rows(self) -> int:
         """R."""
         return len(self.means)
 
-    def add(self, scores: Tensor, images: Tensor) -> None:
-        """Add all draws of some images.
+    def add(self, scores: Sequence[Tensor], images: Tensor) -> None:
+        """Add all draws of some images; some columns at a time, since scores of a large head are best not copied.
 
         Args:
-            scores: One for each draw, ``(draws, C, D)``.
+            scores: One for each draw, ``(draws, C, D)``, in one or several parts.
             images: The number of the image of each, ``(draws,)``.
         """
+        flat = [part.flatten(1) for part in scores]
         _, rows = images.unique(return_inverse=True)
-        exact = Scores.of(scores, rows)
-        several = exact.counts[rows] > 1
-        of_image = rows[several].tolist()
-        signs, others = [], [scores.new_zeros(0, self.rows)] * len(exact.means)
-        numbers = np.bincount(of_image, minlength=len(exact.means))
-        for i, mean in enumerate(exact.means):
-            generator = _generator(mean)
-            drawn = generator.integers(0, 2, (1 + int(numbers[i]), self.rows), dtype=np.int8)
-            both = torch.from_numpy(drawn).to(scores) * 2 - 1
-            signs.append(both[0])
-            others[i] = both[1:]
-        self.means = self.means + _mixed(torch.stack(signs), exact.means)
-        if len(exact.deviations):
-            place = [iter(o) for o in others]
-            self.deviations = self.deviations + _mixed(
-                torch.stack([next(place[i]) for i in of_image]), exact.deviations
-            )
-        self.counts = torch.cat([self.counts, exact.counts.cpu()])
+        size = flat[0].shape[1]
+        some = torch.linspace(0, size - 1, min(HASHED, size), dtype=torch.float64).round().long()
+        hashed = Scores.of(torch.cat([part[:, some] for part in flat]), rows)
+        draws = hashed.counts.long()
+        of_images, of_draws = _signs(hashed.means, draws.cpu(), self.rows)
+        # Of the deviations: those of an image one after the other, in the order of its draws.
+        shared = rows[draws[rows] > 1]
+        place = torch.empty_like(shared)
+        place[shared.argsort(stable=True)] = torch.arange(len(shared), device=shared.device)
+        of_images, of_draws = of_images.to(hashed.means), of_draws[place.cpu()].to(hashed.means)
+        means, deviations = self.means.flatten(1), self.deviations.flatten(1)  # views
+        width = max(1, WORKED // len(rows))
+        for first in range(0, size, width):
+            columns = slice(first, first + width)
+            exact = Scores.of(torch.cat([part[:, columns] for part in flat]), rows)
+            means[:, columns].addmm_(of_images.T, exact.means)
+            if len(exact.deviations):
+                deviations[:, columns].addmm_(of_draws.T, exact.deviations)
+        self.counts = torch.cat([self.counts, hashed.counts.cpu()])
+        self.marks = torch.cat([self.marks, marks_of(scores, rows)])
 
     def merge(self, other: Sketch) -> None:
         """Add that of other images; R must be the same."""
-        self.means = self.means + other.means.to(self.means)
-        self.deviations = self.deviations + other.deviations.to(self.deviations)
+        self.means += other.means.to(self.means)
+        self.deviations += other.deviations.to(self.deviations)
         self.counts = torch.cat([self.counts, other.counts])
+        self.marks = torch.cat([self.marks, other.marks])
 
     def scores(self, weight: float) -> Scores:
         """As if they were the scores, each times a weight."""
@@ -92,12 +110,51 @@ class Sketch:
         return Scores(scale * self.means, scale * self.deviations, self.counts, sketched=True)
 
 
-def _mixed(signs: Tensor, values: Tensor) -> Tensor:
-    return (signs.T @ values.flatten(1)).unflatten(1, values.shape[1:])
+def _signs(means: Tensor, draws: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """The signs of each image, ``(n, R)``, and of the draws of those with several, image by image; int8 on the CPU.
+
+    Args:
+        means: Some numbers of each image's mean score, which its signs are made of, ``(n, HASHED)``.
+        draws: m_i, ``(n,)``.
+        rows: R.
+    """
+    of_images, of_draws = [], []
+    for some, m in zip(means.cpu().contiguous().numpy(), draws.tolist(), strict=True):
+        digest = hashlib.sha256(some.tobytes()).digest()
+        generator = np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))
+        drawn = torch.from_numpy(generator.integers(0, 2, (1 + (m if m > 1 else 0), rows), dtype=np.int8)) * 2 - 1
+        of_images.append(drawn[0])
+        of_draws.append(drawn[1:])
+    return torch.stack(of_images), torch.cat(of_draws)
 
 
-def _generator(score: Tensor) -> np.random.Generator:
-    flat = score.flatten()
-    some = flat[torch.linspace(0, len(flat) - 1, min(HASHED, len(flat)), dtype=torch.float64).round().long()]
-    digest = hashlib.sha256(some.cpu().contiguous().numpy().tobytes()).digest()
-    return np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))
+def marks_of(scores: Sequence[Tensor], rows: Tensor) -> Tensor:
+    """What images are known by: :data:`MARKS` random mixtures of each one's mean score, ``(n, 8)`` float64 on the CPU.
+
+    Args:
+        scores: One for each draw, ``(draws, C, D)``, in one or several parts.
+        rows: The image of each draw, 0 … n − 1, ``(draws,)``.
+    """
+    size = scores[0][0].numel()
+    mix = torch.randn(size, MARKS, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(scores[0].device)
+    return Scores.of(torch.cat([part.flatten(1) @ mix for part in scores]), rows).means.cpu()
+
+
+def known_again(marks: Tensor, others: Tensor, weights: int) -> int:
+    """How many images (or draws) are the same in both: to the last bit, or up to rounding if that is a tenth of the fewer.
+
+    Args:
+        marks: ``(n, 8)``.
+        others: ``(n', 8)``.
+        weights: C·D. Few weights do not tell images from each other up to rounding.
+    """
+    marks, others = (m[m.norm(dim=1) > 0] for m in (marks, others))
+    if not len(marks) or not len(others):
+        return 0
+    exact = len({tuple(m) for m in marks.tolist()} & {tuple(m) for m in others.tolist()})
+    if exact or weights < MARKS:
+        return exact
+    size = marks.norm(dim=1).median()
+    nearest = cKDTree((marks / size).numpy()).query((others / size).numpy())[0]
+    close = int((torch.from_numpy(nearest) < ROUNDED * (others / size).norm(dim=1)).sum())
+    return close if close > min(len(marks), len(others)) / 10 else 0

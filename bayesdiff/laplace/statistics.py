@@ -26,11 +26,11 @@ from bayesdiff.checks import ArgumentError, EmptyDataError, PosteriorFileError, 
 from bayesdiff.head.geometry import HeadGeometry
 from bayesdiff.io import read_folder, write_folder
 from bayesdiff.laplace.loss import Loss, Squares, as_loss, from_dict, to_dict
-from bayesdiff.laplace.sketch import Sketch
+from bayesdiff.laplace.sketch import MARKS, Sketch, known_again, marks_of
 from bayesdiff.laplace.training import Scores
 
-FORMAT = 3
-_SKETCH = ("means", "deviations", "counts")
+FORMAT = 4
+_SKETCH = ("means", "deviations", "counts", "marks")
 REFIT = "fit with sketch=None for that"
 #: Numbers of features that are worked on at once, in float64.
 WORKED = 2**22
@@ -82,6 +82,12 @@ class Statistics:
         with _plain():
             self._empty(device)
             self._sketch = None if sketch is None else self._started(check_int("sketch", sketch, least=2))
+
+    def __repr__(self) -> str:
+        """One line."""
+        c, d = self.geometry.out_channels, self.geometry.in_features
+        kept = "" if self.sketch is None else f", sketched by {self.sketch}"
+        return f"Statistics({c} × {d} weights, {self.num_bins} bins, {self.num_draws} draws of {self.num_images} images{kept})"
 
     def _empty(self, device: torch.device | str) -> None:
         num_bins, d, c = self.num_bins, self.geometry.in_features, self.geometry.out_channels
@@ -184,7 +190,7 @@ class Statistics:
                 self._sketch = self._started(check_int("sketch", sketch, least=2))
             if self._sketch is None or not self._scores:
                 return
-            self._sketch.add(torch.cat(self._scores), torch.cat(self._score_images))
+            self._sketch.add(self._scores, torch.cat(self._score_images))
             self._scores, self._score_images, self._score_bins = [], [], []
 
     def _add_rows(self, x: Tensor, r: Tensor, bins: Tensor, weights: Tensor | None) -> Tensor:
@@ -230,8 +236,9 @@ class Statistics:
 
         Raises:
             ShapeError: They belong to another head or have other bins.
-            ArgumentError: They are no statistics, or these very ones; they are of another loss; or ``same_images``, and some
-                draws are the very same (both fits had the same seed), or gradients are sketched; or sketches differ in size.
+            ArgumentError: They are no statistics, or these very ones; they are of another loss; some draws are the very same
+                (the same images with the same seed, which would count twice); or ``same_images``, and gradients are
+                sketched; or sketches differ in size.
         """
         if not isinstance(other, Statistics) or other is self:
             what = "these very ones" if other is self else f"{type(other).__name__} (a posterior has .statistics)"
@@ -246,37 +253,41 @@ class Statistics:
                 f"expected statistics of the loss {self.loss}, weighted={self.weighted}, got {other.loss}, "
                 f"weighted={other.weighted}"
             )
-        if self.sketch is not None or other.sketch is not None:
-            return self._merge_sketches(other, same_images)
-        shift = 0
-        if not same_images and self._scores and other._scores:
-            shift = 1 + int(torch.cat(self._score_images).max()) - min(0, int(torch.cat(other._score_images).min()))
-        elif same_images and self._draws() & other._draws():
-            raise ArgumentError(
-                "expected other draws of the same images, got some of the very same: give each fit a generator "
-                "with a seed of its own"
-            )
-        with _plain():
-            self._add(other, shift)
-        return self
-
-    def _merge_sketches(self, other: Statistics, same_images: bool) -> Statistics:
-        if same_images:
+        sketched = self.sketch is not None or other.sketch is not None
+        if same_images and sketched:
             raise ArgumentError(
                 "expected statistics that keep all gradients for same_images=True, got sketched ones, whose images cannot be "
                 "told apart: fit with sketch=None, or with more draws_per_image at once"
             )
         if None not in (self.sketch, other.sketch) and self.sketch != other.sketch:
             raise ArgumentError(f"expected a sketch of {self.sketch} rows, as here, got {other.sketch}")
+        again = known_again(
+            self._marks(same_images), other._marks(same_images), self.geometry.out_channels * self.geometry.in_features
+        )
+        if again:
+            raise ArgumentError(
+                f"expected other draws than here, got {again} of the very same {'draws' if same_images else 'images'}: the same "
+                "data fitted with the same seed would count twice; give each fit images of its own, or a generator with a seed "
+                "of its own and same_images=True"
+            )
+        if sketched:
+            return self._merge_sketches(other)
+        shift = 0
+        if not same_images and self._scores and other._scores:
+            shift = 1 + int(torch.cat(self._score_images).max()) - min(0, int(torch.cat(other._score_images).min()))
+        with _plain():
+            self._add(other, shift)
+        return self
+
+    def _merge_sketches(self, other: Statistics) -> Statistics:
         rows = self.sketch or other.sketch
         self.settle(rows)
         with _plain():
-            theirs = other._started(rows or 0) if other._sketch is None else other._sketch
-            if other._scores:
-                theirs = Sketch(theirs.means, theirs.deviations, theirs.counts)
-                theirs.add(torch.cat(other._scores), torch.cat(other._score_images))
             assert self._sketch is not None
-            self._sketch.merge(theirs)
+            if other._sketch is not None:
+                self._sketch.merge(other._sketch)
+            if other._scores:
+                self._sketch.add(other._scores, torch.cat(other._score_images))
             self._add_sums(other)
         return self
 
@@ -296,13 +307,14 @@ class Statistics:
         self.squared_residuals += other.squared_residuals.to(self.gram)
         self.positions += other.positions.to(self.gram)
 
-    def _draws(self) -> set[tuple[int, float]]:
-        """Image and squared score of each draw: no two draws have the same by chance."""
-        return {
-            (i, v)
-            for images, scores in zip(self._score_images, self._scores, strict=True)
-            for i, v in zip(images.tolist(), scores.square().sum((1, 2)).tolist(), strict=True)
-        }
+    def _marks(self, by_draw: bool) -> Tensor:
+        """What each draw, or each image, is known by, ``(n, 8)``."""
+        known = self.gram.new_zeros(0, MARKS).cpu() if self._sketch is None else self._sketch.marks
+        if not self._scores:
+            return known
+        images = torch.cat(self._score_images)
+        rows = torch.arange(len(images), device=images.device) if by_draw else images.unique(return_inverse=True)[1]
+        return torch.cat([known, marks_of(self._scores, rows)])
 
     @property
     def num_images(self) -> int:
@@ -457,12 +469,18 @@ class Statistics:
         )  # fmt: skip
         for name in _SUMS if out.curvature is None else (*_SUMS, "curvature"):
             setattr(out, name, _fitting(name, sums[name], getattr(out, name).shape).to(device))
+        for name in ("squared_residuals", "positions", "squared_scores"):
+            if bool((getattr(out, name) < 0).any()):
+                raise ArgumentError(f"expected {name} >= 0, got {float(getattr(out, name).min()):.3g}")
         shape = (out.geometry.out_channels, out.geometry.in_features)
         rows = meta.get("sketch")
         if rows is not None:
             means, deviations = (_fitting(n, sums[f"sketch.{n}"], (rows, *shape)).to(device) for n in _SKETCH[:2])
             counts = sums["sketch.counts"]
-            out._sketch = Sketch(means, deviations, _fitting("counts", counts, (len(counts),)))
+            marks = _fitting("marks", sums["sketch.marks"], (len(counts), MARKS))
+            out._sketch = Sketch(means, deviations, _fitting("counts", counts, (len(counts),)), marks)
+            if not bool((counts >= 1).all()):
+                raise ArgumentError(f"expected counts of at least one draw, got {float(counts.min()):.3g}")
         for part in draws:
             n = len(part["scores"])
             _fitting("scores", part["scores"], (n, *shape))

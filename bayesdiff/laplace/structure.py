@@ -31,6 +31,8 @@ COVARIANCES = ("sandwich", "ggn", "ef")
 KRON_ITERATIONS = 30
 #: The power method of ``kron`` ends where B moves by less, relative.
 KRON_CHANGE = 1e-9
+#: The same where features are many and an iteration is dear: what is left then is a hundredth of it, far below a sketch's error.
+KRON_CHANGE_MANY = 1e-5
 #: Features that its first iterations are done in, mixed at random from all; the last ones have all.
 KRON_MIXED = 128
 #: The share of the mean predictive variance that a low-rank covariance leaves to its diagonal, unless a rank is given.
@@ -118,8 +120,8 @@ def nearest_kronecker(scores: Tensor) -> tuple[Tensor, Tensor, float]:
     if c > 1:
         if d > 4 * KRON_MIXED:  # a start that is nearly right, for less
             mix = torch.randn(d, KRON_MIXED, generator=torch.Generator().manual_seed(0), dtype=scores.dtype)
-            channels = _iterated(scores @ mix.to(scores.device), channels)
-        channels = _iterated(scores, channels)
+            channels = _iterated(scores @ mix.to(scores.device), channels, KRON_CHANGE_MANY)
+        channels = _iterated(scores, channels, KRON_CHANGE_MANY if d > 4 * KRON_MIXED else KRON_CHANGE)
     # The last A_g belongs to the last B before; one more half step makes the pair consistent.
     mixed = torch.einsum("ncd,ce->ned", scores, channels).flatten(0, 1)
     features = mixed.T @ scores.flatten(0, 1) / channels.square().sum()
@@ -127,14 +129,14 @@ def nearest_kronecker(scores: Tensor) -> tuple[Tensor, Tensor, float]:
     return (channels + channels.T) / 2, (features + features.T) / 2, max(0.0, 1 - inner / norm) ** 0.5
 
 
-def _iterated(scores: Tensor, channels: Tensor) -> Tensor:
-    """B, from a start, by the power method."""
+def _iterated(scores: Tensor, channels: Tensor, change: float) -> Tensor:
+    """B, from a start, by the power method, until it moves by no more than ``change``, relative."""
     for _ in range(KRON_ITERATIONS):
         mixed = torch.einsum("ncd,ce->ned", scores, channels).flatten(0, 1)
         features = mixed.T @ scores.flatten(0, 1) / channels.square().sum()
         fresh = torch.einsum("ncd,ned->ce", scores @ features, scores) / features.square().sum()
         before, channels = channels, fresh * (len(channels) / fresh.trace())
-        if float((channels - before).norm()) <= KRON_CHANGE * float(channels.norm()):
+        if float((channels - before).norm()) <= change * float(channels.norm()):
             break
     return channels
 

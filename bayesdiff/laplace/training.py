@@ -54,10 +54,10 @@ class Scores:
 
     @classmethod
     def of(cls, scores: Tensor, rows: Tensor) -> Scores:
-        """From one score for each draw ``(draws, C, D)`` and the row of its image ``(draws,)``, 0 … n − 1."""
+        """From one score for each draw, ``(draws, C, D)`` or some of its numbers ``(draws, K)``, and its image, 0 … n − 1."""
         counts = rows.bincount().double()
         means = scores.new_zeros(len(counts), *scores.shape[1:]).index_add_(0, rows, scores)
-        means /= counts[:, None, None]
+        means /= counts.view(-1, *(1,) * (scores.ndim - 1))
         several = counts[rows] > 1
         return cls(means, scores[several] - means[rows[several]], counts)
 
@@ -83,13 +83,17 @@ class Scores:
         Raises:
             ArgumentError: No image has two draws.
         """
-        if not self.degrees:
-            raise ArgumentError(
-                "expected at least two draws of some images, to tell the variance between images from that "
-                "between draws, got one of "
-                "each: fit with draws_per_image=2 or more"
-            )
+        check_several(self.degrees)
         return self.deviations / math.sqrt(self.degrees)
+
+
+def check_several(degrees: float) -> None:
+    """Raise :class:`ArgumentError` where no image has two draws."""
+    if not degrees:
+        raise ArgumentError(
+            "expected at least two draws of some images, to tell the variance between images from that between draws, got one "
+            "of each: fit with draws_per_image=2 or more"
+        )
 
 
 def score_factor(scores: Scores, training_draws: float, precision: Tensor) -> tuple[Tensor, float]:
@@ -146,9 +150,11 @@ def between_factor(scores: Scores, precision: Tensor) -> tuple[Tensor, float]:
         ArgumentError: No image has two draws.
     """
     root, inverse = _roots(precision)
-    within = math.sqrt(scores.inverse_draws) * scores.within
-    rows = torch.cat([scores.total, within]) @ inverse
-    signs = torch.cat([rows.new_ones(len(scores.total)), -rows.new_ones(len(within))])
+    check_several(scores.degrees)
+    total, within = 1 / len(scores.counts), scores.inverse_draws / scores.degrees
+    # Scaled in the small matrix: scores of a large head are not copied more than is needed.
+    rows = torch.cat([scores.means @ (math.sqrt(total) * inverse), scores.deviations @ (math.sqrt(within) * inverse)])
+    signs = torch.cat([rows.new_ones(len(scores.means)), -rows.new_ones(len(scores.deviations))])
     factor, positive, negative = positive_part(rows.flatten(1), signs)
     mean = positive - negative  # the trace
     share = negative / positive if positive else 1.0
@@ -159,7 +165,7 @@ def between_factor(scores: Scores, precision: Tensor) -> tuple[Tensor, float]:
             ProjectionWarning,
             stacklevel=2,
         )
-        return within[:0], share
+        return rows[:0].clone(), share
     if share > ROUNDING:
         warnings.warn(
             "A, the covariance of the scores between images, is indefinite as estimated from "
@@ -184,16 +190,16 @@ def positive_part(rows: Tensor, signs: Tensor) -> tuple[Tensor, float, float]:
     """
     if len(rows) >= rows.shape[1]:
         values, vectors = torch.linalg.eigh(rows.T @ (signs[:, None] * rows))
-        basis = vectors.T
+        above = values > 0
+        factor = values[above].sqrt()[:, None] * vectors.T[above]
     else:  # X = U Λ^½ Q, Q with orthonormal rows: the matrix is Qᵀ (Λ^½ Uᵀ diag(s) U Λ^½) Q
         size, u = torch.linalg.eigh(rows @ rows.T)
         kept = size > ROUNDING**1.5 * size[-1]
         size, u = size[kept].sqrt(), u[:, kept]
         values, vectors = torch.linalg.eigh(size[:, None] * (u.T @ (signs[:, None] * u)) * size)
-        basis = (vectors.T / size) @ u.T @ rows
-    above = values > 0
-    positive, negative = float(values[above].sum()), -float(values[~above].sum())
-    return values[above].sqrt()[:, None] * basis[above], positive, negative
+        above = values > 0
+        factor = values[above].sqrt()[:, None] * (vectors.T[above] / size) @ u.T @ rows
+    return factor, float(values[above].sum()), -float(values[~above].sum())
 
 
 def _roots(precision: Tensor) -> tuple[Tensor, Tensor]:

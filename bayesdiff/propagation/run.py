@@ -19,6 +19,7 @@ from bayesdiff.checks import (
 )
 from bayesdiff.diffusion.parametrization import alpha_sigma, prediction_type
 from bayesdiff.gaussian import Gaussian
+from bayesdiff.head.compiled import uncompiled
 from bayesdiff.head.find import Head
 from bayesdiff.laplace.posterior import LaplacePosterior
 from bayesdiff.output import UncertaintyOutput
@@ -63,6 +64,7 @@ class UncertainRun:
         )
         self.steps: list[Step] = []
 
+    @uncompiled()
     def __call__(self) -> UncertaintyOutput:
         """All of it; the generators end where one plain run leaves them."""
         try:

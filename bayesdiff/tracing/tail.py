@@ -130,7 +130,7 @@ class Reading:
             wanted = "one pass" if self.passes == 1 else f"{self.passes} passes"
             raise UnsupportedHeadError(
                 f"expected {wanted} through {self.head.path!r} in a network call, got {len(self.inputs)}: name the output "
-                'layer with head="path.to.layer"; a compiled network that ran before must be given uncompiled'
+                'layer with head="path.to.layer"'
             )
         parts = tuple(self.part(f) for f in tensors(output))
         if not any(parts):

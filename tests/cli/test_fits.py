@@ -173,6 +173,17 @@ def test_mistakes_in_fit_are_one_line(name, saved, tmp_path):
     assert not (tmp_path / "out/posterior.json").exists()
 
 
+def test_a_posterior_is_not_replaced_unasked(saved, tmp_path):
+    data = images(tmp_path / "data", TEXTS)
+    command = ("fit", "--model", saved("sd-ddim-guided"), "--data", data, "--out", tmp_path / "out")
+    assert invoke(*command).exit_code == 0
+    before = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
+    fails(invoke(*command, "--seed", 1), 2, "which has one: choose another, or replace it with --overwrite")
+    assert {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()} == before
+    assert invoke(*command, "--seed", 1, "--overwrite").exit_code == 0
+    assert {p.name for p in (tmp_path / "out").iterdir()} & before.keys() == {"posterior.json", "settings.json"}
+
+
 def test_data_that_do_not_fit_the_model(saved, tmp_path):
     out = ("--out", tmp_path / "out")
     images(tmp_path / "plain")

@@ -174,9 +174,10 @@ def test_files_and_merging(tmp_path):
         stats.save(tmp_path)
         loaded = Statistics.load(tmp_path)
         assert (loaded.loss, loaded.weighted) == (stats.loss, True)
-        both = loaded.merge(stats)
+        other = statistics(case, loss, weights.flip(0))  # the same images, weighted otherwise: other draws
+        loaded, stats = loaded.merge(other), stats.merge(other)
         head = Head("head", case.layer, stats.geometry)
-        one, two = (LaplacePosterior.from_statistics(s, head, dataset_size=100) for s in (stats, both))
+        one, two = (LaplacePosterior.from_statistics(s, head, dataset_size=100) for s in (stats, loaded))
         torch.testing.assert_close(one.variance(case.inputs), two.variance(case.inputs))
     for loss in LOSSES.values():
         assert from_dict(to_dict(loss)) == loss

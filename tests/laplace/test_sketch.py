@@ -88,6 +88,23 @@ def test_signs_do_not_depend_on_batches_or_processes(problem):
     torch.testing.assert_close(begun._sketch.means, whole._sketch.means, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("sketches", [(None, None), (R, R), (None, R), (R, None)], ids=str)
+def test_the_same_fit_does_not_count_twice(problem, sketches, tmp_path):
+    """The same images and draws again, also after saving, in other batches, rounded otherwise, or as a part of more images."""
+    one, other = (fitted(problem, s, 0, 100, batch) for s, batch in zip(sketches, (50, 20), strict=True))
+    one.save(tmp_path)
+    with pytest.raises(ArgumentError, match="100 of the very same images"):
+        Statistics.load(tmp_path).merge(other)
+    with pytest.raises(ArgumentError, match="very same images"):
+        fitted(problem, sketches[0], 50, 300).merge(other)
+    layer, inputs, residuals = problem
+    rounded = fitted((layer, inputs * (1 + 1e-5 * torch.randn(inputs.shape)), residuals), sketches[0], 0, 100)
+    with pytest.raises(ArgumentError, match="very same images"):
+        rounded.merge(other)
+    fresh = fitted((layer, inputs, residuals + 0.1 * torch.randn(residuals.shape)), sketches[0], 0, 100)
+    assert fresh.merge(fitted(problem, sketches[1], 100, 200)).num_images == 200
+
+
 def test_what_a_sketch_does_not_tell(problem, tmp_path):
     out = fitted(problem, R)
     for settings in ({"covariance": "ef"}, {"loss_weights": "noise"}, {"loss_weights": torch.tensor([1.0, 2.0, 3.0])}):
