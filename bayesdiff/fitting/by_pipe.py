@@ -1,8 +1,9 @@
 """Training steps of a network by the call of its pipeline.
 
 Before the work, a few runs with the network's outputs left at zero (it is called once) show whether the pipeline can be
-followed: guidance off, so that each sample is one row of the network's; the noisy sample reaching the network unchanged; and rows
-with timesteps of their own getting what they would get alone. Where a pipeline takes one timestep for all rows, what tells the
+followed: guidance off, so that each sample is one row of the network's; the noisy sample reaching the network unchanged; the
+network given the same in every step that has the same sample and timestep; and rows with timesteps of their own getting what they
+would get alone. Where a pipeline takes one timestep for all rows, what tells the
 network of it is replaced (:mod:`bayesdiff.fitting.told`), or the rows are run one by one.
 """
 
@@ -14,11 +15,11 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_flatten, tree_map
 
 from bayesdiff.checks import ArgumentError, BayesdiffError, BayesdiffWarning, ShapeError, UnsupportedPipelineError
 from bayesdiff.diffusion.parametrization import check_levels
-from bayesdiff.fitting.compare import ALIKE, encoder_of, occurrences, rows_alike, unlike_others
+from bayesdiff.fitting.compare import ALIKE, encoder_of, occurrences, rows_alike, same_arguments, unlike_others
 from bayesdiff.fitting.driven import ERRORS, DrivenPipe, Watched
 from bayesdiff.fitting.keywords import Keywords
 from bayesdiff.fitting.repeats import Repeats
@@ -31,6 +32,8 @@ from bayesdiff.head.numbers import tensor_of
 LOOKED_AT = ((0.25, 0.75), (0.85, 0.95), (0.02, 0.1))
 #: And those at which it is asked how the network is told t.
 ASKED_AT = (0.25, 0.75, 0.03, 0.5, 0.98)
+#: Steps with one sample and timestep, which must be alike.
+REPEATED = 9
 #: The most steps that a pipeline is asked for in one run: some schedulers have no more (LCM's 50).
 STEPS = 32
 
@@ -101,7 +104,7 @@ class ByPipe:
         """
         held = None if self.together else [sample(n) for n in range(len(timesteps))]
         everything = list(range(len(rows)))
-        most = max(1, min(STEPS, int(self.scheduler.config.num_train_timesteps) - 1))
+        most = self._most()
         for begin in range(0, len(timesteps), most):
             part = timesteps[begin : begin + most]
             if held is None:
@@ -115,6 +118,10 @@ class ByPipe:
                     conditioning, [row], first, lambda n, r=r, b=begin: held[b + n][r : r + 1], [t[r] for t in part],  # type: ignore[misc]
                     lambda n, seen, r=r, b=begin: consume(b + n, [r], seen),  # type: ignore[misc]
                 )  # fmt: skip
+
+    def _most(self) -> int:
+        """Steps of one run."""
+        return max(1, min(STEPS, int(self.scheduler.config.num_train_timesteps) - 1))
 
     def _steps(
         self, conditioning: Mapping[str, Any], rows: list[int], first: int, sample: Callable[[int], Tensor],
@@ -269,6 +276,7 @@ class ByPipe:
             )
         if branches != 1:
             self._refuse(branches)
+        self._repeated(conditioning, rows, times[0], x)
         if len(rows) == 1:
             return watched
         try:
@@ -281,6 +289,16 @@ class ByPipe:
         if self.together and not self._alone_alike(conditioning, rows, times, x):
             self.together, self.told = False, None
         return watched
+
+    def _repeated(self, conditioning: Mapping[str, Any], rows: list[int], time: Tensor, x: Tensor) -> None:
+        """Whether steps with the same sample and timestep are told the same: nothing else goes along or changes by step."""
+        first, *later = self._arguments(conditioning, rows, [time] * min(REPEATED, self._most()), x)
+        if not all(same_arguments(first, step) for step in later):
+            raise UnsupportedPipelineError(
+                f"expected {type(self.pipe).__name__} to give {type(self.network).__name__} the same in each step with the same "
+                "sample and timestep, got other arguments in a later one: it carries something else along (a second sample, "
+                "noise levels by step, inputs that end early); fit the network, with scheduler=… and call=…"
+            )
 
     def _alone_alike(self, conditioning: Mapping[str, Any], rows: list[int], times: Tensor, x: Tensor) -> bool:
         """Whether the network returns of a row among others what it does of it alone: padding of prompts may not be masked."""
@@ -361,7 +379,11 @@ class ByPipe:
         def on_network(n: int, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             leaves = tree_flatten((args, kwargs))[0]
             found[n] += [leaf.detach().clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-            return self.driven.stub(original, args, kwargs)
+            # Not zeros: what else a pipeline steps would stay where it is.
+            return tree_map(
+                lambda f: f + n + 1 if isinstance(f, Tensor) and f.is_floating_point() else f,
+                self.driven.stub(original, args, kwargs),
+            )
 
         keywords = self._call(conditioning, rows, len(timesteps) + 1)
         self.driven.run(keywords, timesteps, lambda _: x, on_network, lambda *_: None)

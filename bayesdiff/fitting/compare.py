@@ -67,6 +67,21 @@ def rows_alike(together: list[Any], first: list[Any], second: list[Any]) -> bool
     return True
 
 
+def same_arguments(first: list[Any], second: list[Any]) -> bool:
+    """Whether a network is given the same in two calls."""
+    if len(first) != len(second):
+        return False
+    for a, b in zip(first, second, strict=True):
+        if isinstance(a, Tensor) != isinstance(b, Tensor):
+            return False
+        if isinstance(a, Tensor):
+            if a.shape != b.shape or not torch.allclose(a, b, equal_nan=True):
+                return False
+        elif a is not b and a != b:
+            return False
+    return True
+
+
 def _near(a: Tensor, b: Tensor) -> bool:
     if not a.is_floating_point():
         return torch.equal(a, b)

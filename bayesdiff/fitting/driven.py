@@ -25,7 +25,7 @@ from bayesdiff.checks import ArgumentError, BayesdiffError, UnsupportedPipelineE
 from bayesdiff.fitting.seen import alike
 from bayesdiff.tracing.dual import DualNumbers
 from bayesdiff.tracing.network import Box, over
-from bayesdiff.tracing.step import OnStep, Spy, call_step, previous_sample
+from bayesdiff.tracing.step import OnStep, Spy, as_it_is, call_step, previous_sample
 from bayesdiff.tracing.tail import BASE
 
 #: What a pipeline may raise where it is called wrongly, or does what cannot be followed.
@@ -92,14 +92,10 @@ class Handed(Spy):
             original(*args, **kwargs)
             vars(self)["timesteps"] = timesteps.to(torch.as_tensor(scheduler.timesteps).device)
 
-        vars(self).update(set_timesteps=set_timesteps, scale_model_input=_as_it_is)
+        vars(self).update(set_timesteps=set_timesteps, scale_model_input=as_it_is)
         for name in ("add_noise", "scale_noise"):
             if hasattr(scheduler, name):
-                vars(self)[name] = _as_it_is
-
-
-def _as_it_is(sample: Tensor, *_: Any, **__: Any) -> Tensor:
-    return sample
+                vars(self)[name] = as_it_is
 
 
 class DrivenPipe:

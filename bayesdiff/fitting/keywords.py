@@ -20,6 +20,8 @@ from bayesdiff.head.loaded import placement
 GUIDANCE = re.compile(r"guidance|cfg|pag_scale")
 #: And those that look like them.
 OTHERS = re.compile(r"rescale|start|stop|end|layers|mode|adaptive")
+#: Texts that a pipeline wants as many of as there are prompts, and in a list where those are.
+TEXTS = re.compile(r"(negative_)?prompt(_\d+)?")
 #: What an image's class label may be called in a network's configuration.
 CLASSES = ("num_class_embeds", "num_embeds_ada_norm")
 
@@ -165,6 +167,9 @@ class Keywords:
         if "strength" in self.parameters and "strength" not in self.given:
             out["strength"] = 1.0  # of those that start from an image: from noise alone
         fixed = {k: v for k, v in self.given.items() if k not in out or k not in ("prompt", "generator")}
+        if isinstance(out.get("prompt"), list):
+            texts = [k for k, v in fixed.items() if isinstance(v, str) and TEXTS.fullmatch(k)]
+            fixed |= {k: [fixed[k]] * len(rows) for k in texts}
         return {**out, **self.size, **fixed, **self.guidance}
 
     def inputs(self, conditioning: Mapping[str, Any], rows: list[int]) -> dict[str, Any]:

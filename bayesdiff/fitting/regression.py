@@ -101,8 +101,9 @@ def fit(
         structure: ``"full"``, ``"kron"``, ``"diag"`` or ``"lowrank"``; the posterior's :meth:`~LaplacePosterior.recut` gives
             the others without another pass.
         covariance: ``"sandwich"`` (robust, clustered by image), ``"ggn"`` or ``"ef"``.
-        draws_per_image: m, how many (t, ε) are drawn for each image. By default 4 where ``training_draws`` is given (no more
-            than it says, and at least two), else 1.
+        draws_per_image: m, how many (t, ε) are drawn for each image. By default 10 where ``training_draws`` is given (no more
+            than it says, rounded up, and at least two), else 1. Fewer than M are faster and project
+            (:class:`~bayesdiff.checks.ProjectionWarning`).
         dataset_size: N, the number of images that the network was trained on; by default n, and the
             posterior is that of a network trained on these n images.
         training_draws: M, how many (t, ε) each of these images had in the training, steps · batch size / N on average. The

@@ -204,6 +204,11 @@ def find_head_by_call(network: nn.Module, call: Callable[[], Any]) -> Head:
             f"expected one output layer in {type(network).__name__}, found {', '.join(names[f] for f in found)}; name "
             f'the right one with head="{names[found[0]]}"'
         )
+    if not tried:
+        raise HeadNotFoundError(
+            f"expected {type(network).__name__} to end in a torch.nn.Linear or a convolution, got none called: layers that make "
+            "their weights themselves (normalised, generated) have no posterior"
+        )
     if not found:
         raise HeadNotFoundError(
             f"expected a layer of {type(network).__name__} whose output the network returns as it is, reordered or negated, "

@@ -29,8 +29,8 @@ from torch import Tensor
 
 from bayesdiff.checks import ArgumentError, ProjectionWarning, TrainingDrawsWarning, check_int
 
-#: Draws of each image where M is given and nothing else is said; M if that is less.
-DRAWS = 4
+#: Draws of each image where M is given and nothing else is said; M, rounded up, if that is less: then nothing is projected.
+DRAWS = 10
 #: Relative size of what counts as rounding: of a negative eigenvalue, and of a direction that no feature has.
 ROUNDING = 1e-10
 
@@ -205,7 +205,7 @@ def _roots(precision: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def choose_draws(draws_per_image: int | None, training_draws: float | None) -> int:
-    """m: as given; else four, or M (and at least two) if that is less; one where M is not given.
+    """m: as given; else ten, or M rounded up (and at least two) if that is less; one where M is not given.
 
     Raises:
         ArgumentError: m or M is out of range, or m is too few to tell A and B apart.

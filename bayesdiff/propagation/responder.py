@@ -22,6 +22,9 @@ from bayesdiff.propagation.plan import Plan
 from bayesdiff.propagation.response import Directions, Response, smoothed
 from bayesdiff.propagation.span import Span
 
+#: Vectors whose numbers are fewer than so many times the vectors are worked on as they are.
+SHORTER = 4
+
 
 @dataclass(frozen=True)
 class Branches:
@@ -127,7 +130,7 @@ class Responder:
         self.plan, self.dtype, self.shared, self.by_sample = plan, dtype, shared, by_sample
         self.measured: dict[int, Measured] = {}
         self._responses: dict[int, list[Response]] = {}
-        self._known: list[Tensor | None] = []
+        self._last: list[Response] = []  # fitted
         self._second = False
         self._spans: list[Span] = []
         self._width = 0  # of coordinates
@@ -154,17 +157,26 @@ class Responder:
         measured = self.measured[n]
         if measured.images is None:
             return
-        groups = self.groups(len(measured.images))
-        known = self._known or [None] * len(groups)
-        fitted = [
-            Response.fit(_part(measured.chosen, g), measured.images[g].double(), k if self.shared else None)
-            for g, k in zip(groups, known, strict=True)
-        ]
-        self._known = [r.extension for r in fitted]
-        self._responses[n] = [r.to(self.dtype) for r in fitted]
+        before = [r.extension for r in self._last] if self.shared else []
         if measured.chosen.probe:  # fitted again when all are known; until then the last two are used
-            for older in list(self._responses)[:-2]:
+            for older in [m for m in self._responses if m != n][:-1]:
                 del self._responses[older]
+        self._last = [
+            self._fit(measured.chosen.part(g), measured.images[g], before[i] if before else None)
+            for i, g in enumerate(self.groups(len(measured.images)))
+        ]
+        self._responses[n] = self._last
+
+    def _fit(self, chosen: Directions, images: Tensor, known: Tensor | None) -> Response:
+        """A response to be applied; where vectors are long it is found in the span of what it is made of."""
+        parts = [chosen.directions, images, *([] if known is None else [known])]
+        if not _worth(sum(part.shape[1] for part in parts), images.shape[2]):
+            return Response.fit(chosen, images, known).to(self.dtype, chosen.directions)
+        span = Span.of(parts)
+        v, y, *e = span.coordinates.split([part.shape[1] for part in parts], dim=1)
+        found = Response.fit(replace(chosen, directions=v), y, *e)
+        excess, extension = (x.to(span.basis) @ span.basis for x in (found.excess, found.extension))
+        return Response(chosen.directions, excess, extension, found.gain.to(self.dtype))
 
     def finish(self) -> None:
         """All measurements are made: extend each by what the others know; from now on interpolate."""
@@ -172,20 +184,19 @@ class Responder:
         nodes = [n for n, m in self.measured.items() if m.images is not None]
         if not nodes or not any(self.measured[n].chosen.probe for n in nodes):
             return
+        self._responses, self._last = {n: [] for n in nodes}, []
         batch, _, size = self.measured[nodes[0]].chosen.directions.shape
-        number = sum(self.measured[n].chosen.directions.shape[1] for n in nodes)
-        if 2 * number < size:
+        if _worth(2 * sum(self.measured[n].chosen.directions.shape[1] for n in nodes), size):
             self._project(nodes, batch)
-        self._responses = {n: [] for n in nodes}
         for group in self.groups(batch):
-            pairs = []
-            for m in (self.measured[n] for n in nodes):
-                assert m.images is not None
-                chosen = _part(m.chosen, group)
-                pairs.append((replace(chosen, directions=chosen.directions.double()), m.images[group].double()))
-            found = smoothed(pairs) if self.shared and len(nodes) > 1 else [Response.fit(*pair) for pair in pairs]
-            for n, response in zip(nodes, found, strict=True):
-                self._responses[n].append(response.to(self.dtype))
+            pairs = [
+                (m.chosen.part(group), m.images[group])
+                for m in (self.measured[n] for n in nodes)
+                if m.images is not None
+            ]
+            found = smoothed(pairs) if self.shared and len(nodes) > 1 else (Response.fit(*pair) for pair in pairs)
+            for n, (chosen, _), response in zip(nodes, pairs, found, strict=True):
+                self._responses[n].append(response.to(self.dtype, chosen.directions))
 
     def _project(self, nodes: list[int], batch: int) -> None:
         """From now on all algebra is done in coordinates of what was measured; the vectors themselves are not kept."""
@@ -335,8 +346,9 @@ def combine(responders: list[Responder]) -> None:
             r.refit(n)
 
 
-def _part(chosen: Directions, group: slice) -> Directions:
-    return Directions(chosen.directions[group].double(), chosen.length[group], chosen.probe)
+def _worth(number: int, size: int) -> bool:
+    """Whether the algebra of so many vectors is less work in their span, found once, than on their own numbers."""
+    return SHORTER * number < size
 
 
 def _ratio(above: Tensor, below: Tensor) -> Tensor:

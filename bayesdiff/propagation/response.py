@@ -24,7 +24,7 @@ values along V),
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -89,7 +89,7 @@ class Response:
         left, right, gain = [], [], torch.zeros_like(pairs[0][1].gain)
         for weight, r in pairs:
             gain = gain + weight * r.gain
-            # Outside the directions δ − VᵀVδ: E of that is (E − (EVᵀ)V)δ.
+            # Outside the directions δ − VᵀVδ: E of that is (E − (EVᵀ)V)δ. As Eδ − (EVᵀ)(Vδ) it would cancel in float32.
             outside = r.extension - (r.extension @ r.directions.mT) @ r.directions
             left += [r.directions, outside]
             right += [weight * r.excess, weight * r.extension]
@@ -101,14 +101,17 @@ class Response:
 
         Args:
             chosen: V, and the length of δ.
-            images: ``(B, p, P)`` float64.
+            images: ``(B, p, P)``.
             known: E of measurements at other steps, ``(B, r, P)``, if there are any.
+
+        Returns:
+            In float64.
         """
-        directions, probe = chosen.directions, chosen.probe
-        images = images / chosen.safe.unsqueeze(1)
+        directions, probe = chosen.directions.double(), chosen.probe
+        images = images.double() / chosen.safe.unsqueeze(1)
         gain = torch.zeros_like(chosen.length).unsqueeze(1)
         if known is not None:
-            known = _no_larger(known, directions[:, : -1 if probe else None], images)
+            known = _no_larger(known.double(), directions[:, : -1 if probe else None], images)
         if probe:
             gain = (directions[:, -1:] * images[:, -1:]).sum(2, keepdim=True)
             if known is not None:  # what is known of this direction is not isotropic
@@ -131,8 +134,9 @@ class Response:
             extension = _leading(torch.cat([extension, _complement(known, directions)], dim=1), len(directions[0]))
         return cls(directions, excess, extension, gain)
 
-    def to(self, dtype: torch.dtype) -> Response:
-        return Response(*(v.to(dtype) for v in (self.directions, self.excess, self.extension, self.gain)))
+    def to(self, dtype: torch.dtype, directions: Tensor) -> Response:
+        """In another dtype, on the same directions, which are kept already."""
+        return Response(directions.to(dtype), *(v.to(dtype) for v in (self.excess, self.extension, self.gain)))
 
 
 @dataclass(frozen=True)
@@ -171,35 +175,38 @@ class Directions:
         """The length, 1 where it is 0."""
         return torch.where(self.length > 0, self.length, 1.0)
 
+    def part(self, group: slice) -> Directions:
+        """Those of some samples."""
+        return Directions(self.directions[group], self.length[group], self.probe)
+
     def shifts(self) -> list[Tensor]:
         """What to move the sample by, ``(B, P)`` for each call."""
         return [v * self.length for v in self.directions.unbind(1)]
 
 
-def smoothed(measured: Sequence[tuple[Directions, Tensor]]) -> list[Response]:
+def smoothed(measured: Sequence[tuple[Directions, Tensor]]) -> Iterator[Response]:
     """The responses at R places of one trajectory, in their order, each extended by what all others know.
 
-    Once from the first to the last, once from the last to the first, and then each with its neighbour in both.
+    Once from the last to the first, once from the first to the last, and each with its neighbour in both.
 
     Args:
-        measured: Directions and Jδ of each, as :meth:`Response.fit` takes them.
+        measured: Directions and Jδ of each, as :meth:`Response.fit` takes them. What is known is kept in their dtype.
     """
-    forward, backward = _chain(measured), _chain(measured[::-1])[::-1]
-    out = []
+    backward = list(_chain(measured[:0:-1]))[::-1]
+    forward = _chain(measured[:-1])
     for n, (chosen, images) in enumerate(measured):
-        known = [BEFORE**0.5 * forward[n - 1]] if n else []
+        known = [BEFORE**0.5 * next(forward)] if n else []
         if n + 1 < len(measured):
-            known.append(AFTER**0.5 * backward[n + 1])
-        out.append(Response.fit(chosen, images, torch.cat(known, dim=1) if known else None))
-    return out
+            known.append(AFTER**0.5 * backward[n])
+        yield Response.fit(chosen, images, torch.cat(known, dim=1) if known else None)
 
 
-def _chain(measured: Sequence[tuple[Directions, Tensor]]) -> list[Tensor]:
+def _chain(measured: Sequence[tuple[Directions, Tensor]]) -> Iterator[Tensor]:
     """E at each place, from those before it."""
-    out: list[Tensor] = []
+    known = None
     for chosen, images in measured:
-        out.append(Response.fit(chosen, images, out[-1] if out else None).extension)
-    return out
+        known = Response.fit(chosen, images, known).extension.to(images.dtype)
+        yield known
 
 
 def _no_larger(known: Tensor, directions: Tensor, images: Tensor) -> Tensor:

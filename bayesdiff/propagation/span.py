@@ -57,5 +57,5 @@ class Span:
         return delta @ self.basis.mT.to(delta.dtype)
 
     def out_of(self, coordinates: Tensor, added: Tensor) -> Tensor:
-        """``added`` plus the vectors of coordinates ``(B, K, r)``: ``(B, K, P)``."""
-        return torch.baddbmm(added, coordinates, self.basis.to(coordinates.dtype))
+        """The vectors of coordinates ``(B, K, r)``, added to ``(B, K, P)`` in place."""
+        return added.baddbmm_(coordinates, self.basis.to(coordinates.dtype))

@@ -17,6 +17,8 @@ from bayesdiff.tracing.step import Step, call_step
 
 #: A sum of weights that is less than this share of the largest is taken for 0.
 LEAST = 1e-3
+#: Direct terms are added to others so many bytes of a sample at a time.
+TOGETHER = 2**23
 
 
 class Direct:
@@ -47,8 +49,22 @@ class Direct:
         x = x.to(self.working(x.dtype))
         if self._placed is None or self._placed.dtype != x.dtype or self._placed.device != x.device:
             self._placed = self.deviations.to(x)
-        rows = x.split(1) if self.by_sample else [x]
-        return call.tail(torch.cat([self.geometry.apply(row, self._placed[draws]).to(kept) for row in rows], dim=1))
+        rows = [
+            self.geometry.apply(row, self._placed[draws]).to(kept) for row in (x.split(1) if self.by_sample else [x])
+        ]
+        return call.tail(rows[0] if len(rows) == 1 else torch.cat(rows, dim=1))
+
+    def onto(self, n: int, total: list[Tensor], draws: slice) -> None:
+        """Add it to ``(K, …)`` for every output tensor of floating point, in place, some draws at a time."""
+        floating = [f.is_floating_point() for f in tensors(self.session.network.calls[n].output)]
+        some = max(1, TOGETHER // (4 * sum(t[0, :1].numel() for t in total)))  # the same in any batch
+        start = draws.start or 0
+        for first in range(0, len(total[0]), some):
+            last = min(first + some, len(total[0]))
+            found = [d for d, f in zip(self(n, slice(start + first, start + last)), floating, strict=True) if f]
+            for t, part in zip(total, found, strict=True):
+                if part is not None:
+                    t[first:last].add_(part)
 
 
 def step_variance(

@@ -45,7 +45,7 @@ from bayesdiff.tracing.network import Box, Session
 from bayesdiff.tracing.rerun import tensors
 
 #: Directions are chosen from no more draws than these; of large samples, from as many as take no more bytes, or the fewest.
-CHOOSING, CHOOSING_BYTES, FEWEST = 128, 2**25, 32
+CHOOSING, CHOOSING_BYTES, FEWEST = 128, 2**24, 32
 #: What errors make of the map is followed along no more draws than these.
 FOLLOWED = 32
 #: Draws are carried together as long as their tangents of one sample take no more bytes than this.
@@ -154,14 +154,18 @@ class TangentRun:
         return self._modules[key], place
 
     def _network(self, box: Box, n: int, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        self.session.trace.purge()
         entered = Entered(self.session, box, args, kwargs, output)
-        total = [t for t, f in zip(self.direct(n, self._draws), tensors(output), strict=True) if f.is_floating_point()]
+        total: list[Tensor] | list[Tensor | None]
         if entered:
-            response = self._respond(box, n, entered, self.branches.get(n))
-            total = [r if t is None else r.add_(t) for t, r in zip(total, response, strict=True)]
+            total = self._respond(box, n, entered, self.branches.get(n))
+            self.direct.onto(n, total, self._draws)
             if self._second and self._draws.start == 0:
                 module, place = self._module(box, n)
-                module.follow(place, entered, self.branches.get(n), [t for t in total if t is not None])
+                module.follow(place, entered, self.branches.get(n), total)
+        else:
+            direct = zip(self.direct(n, self._draws), tensors(output), strict=True)
+            total = [t for t, f in direct if f.is_floating_point()]
         if self._beside:
             raise UnsupportedPipelineError(
                 f"expected what {', '.join(self._beside)} makes of the sample to enter the network at once, got a network "
@@ -210,6 +214,7 @@ class TangentRun:
         else:  # other arguments move with the sample, by the same combination of draws
             combination = directions @ torch.linalg.pinv(samples.double())
             shifts = branches.spread(combination) @ entered.rows.double()
+        give_back(samples.numel() * samples.element_size(), held=0)  # for the network's own
         images = entered.derivatives(
             shifts, branches.spread(chosen.safe), self.settings.directions_per_call, central=self.exact
         )

@@ -195,6 +195,15 @@ class DualNumbers(TorchFunctionMode):
             if entry is not None:
                 self._handed = [h for h in self._handed if h[2] is not entry]
 
+    def purge(self) -> None:
+        """Forget storages that are gone."""
+        gone = [key for key, entry in self._entries.items() if entry.ref.expired()]
+        for key in gone:
+            del self._entries[key]
+        if gone and self._handed:
+            self._handed = [h for h in self._handed if not h[2].ref.expired()]
+        self._due = len(self._entries) // 64  # registrations until the next time: a look at each costs
+
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """Inside, operations run plainly and are not seen: for a neural network."""
@@ -319,7 +328,7 @@ class DualNumbers(TorchFunctionMode):
     def _derive(self, op: Op, call: Call, found: Found, picked: Sequence[int]) -> list[Pair]:
         """Tangents of the picked outputs, and those past a clamp."""
         if self._due <= 0:
-            self._purge()  # before new memory is asked for
+            self.purge()  # before new memory is asked for
         call.tangents = {k: e.data(x) for k, (x, e) in found.items()}
         lengths = {t.shape[0] for t in call.tangents.values()}
         if len(lengths) > 1:
@@ -523,18 +532,9 @@ class DualNumbers(TorchFunctionMode):
     def _register(self, storage: torch.UntypedStorage, shadow: _Shadow, offset: int = 0) -> _Entry:
         self._due -= 1
         if self._due <= 0:
-            self._purge()
+            self.purge()
         entry = self._entries[storage._cdata] = _Entry(StorageWeakRef(storage), shadow, offset)
         return entry
-
-    def _purge(self) -> None:
-        """Forget storages that are gone."""
-        gone = [key for key, entry in self._entries.items() if entry.ref.expired()]
-        for key in gone:
-            del self._entries[key]
-        if gone and self._handed:
-            self._handed = [h for h in self._handed if not h[2].ref.expired()]
-        self._due = len(self._entries) // 64  # registrations until the next time: a look at each costs
 
     # ------------------------------------------------------------------------------------------------------- escapes
 

@@ -1,30 +1,47 @@
 """Free memory, given back to the system.
 
 The C library keeps what was freed for the next allocation. A run on duals allocates and frees tensors of many sizes at every
-operation, and what is kept in between grows to several times what is in use. Where tangents are large it is given back at
-every network call; where they are small, clearing new pages would cost more than it is worth.
+operation, and what is kept in between grows to several times what is in use. What the next step takes again is better kept,
+since clearing new pages costs as much as the arithmetic on them; what goes beyond some bytes is given back.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
+import mmap
 from collections.abc import Callable
+from pathlib import Path
 
 #: Tangents of fewer bytes than this are small.
 LARGE = 2**23
+#: So many bytes are kept for the next step.
+HELD = 2**27
+#: Where Linux says how many pages are resident, its second number.
+RESIDENT = Path("/proc/self/statm")
+
+_after = 0  # bytes that were resident when memory was last given back, or fewer
 
 
 @functools.cache
 def _trim() -> Callable[[int], int] | None:
     try:
-        return ctypes.CDLL(None).malloc_trim
+        return ctypes.CDLL(None).malloc_trim if RESIDENT.exists() else None
     except (OSError, AttributeError, TypeError):  # another C library than glibc
         return None
 
 
-def give_back(size: int) -> None:
-    """Give free memory back to the system, if tangents of ``size`` bytes are large."""
+def _resident() -> int:
+    return int(RESIDENT.read_text().split()[1]) * mmap.PAGESIZE
+
+
+def give_back(size: int, held: int = HELD) -> None:
+    """Give free memory back to the system, if tangents of ``size`` bytes are large, and it may be more than ``held`` bytes."""
+    global _after
     trim = _trim()
-    if size >= LARGE and trim is not None:
+    if size < LARGE or trim is None:
+        return
+    _after = min(_after, _resident())
+    if _resident() > _after + held:
         trim(0)
+        _after = _resident()

@@ -198,11 +198,14 @@ def main(
     noise = torch.randn((len(judged), *judged.shape), generator=torch.Generator().manual_seed(seed + 2))
     rows: list[dict[str, Any]] = []
     points: list[tuple[Tensor, Tensor]] = []
+    halves: list[dict[str, Any]] = []
     candidates = posteriors(fitted)
     timesteps = only or TIMESTEPS
     for t in timesteps:
         phi, _ = judged.observe(torch.arange(test.num_images), torch.full((test.num_images,), t), noise)
-        reference = geometry.apply(phi, heads.float()).double().var(0)
+        refitted = geometry.apply(phi, heads.float()).double()
+        reference = refitted.var(0)
+        halves.append({"t": t, **agreement(refitted[::2].var(0), refitted[1::2].var(0))})
         for name, posterior in candidates.items():
             predicted = posterior.variance(phi)
             rows.append({"t": t, "posterior": name} | agreement(predicted, reference))
@@ -210,6 +213,11 @@ def main(
                 points.append((predicted, reference))
     columns = {"t": "d", "posterior": "", "ratio": ".3f", "log_correlation": ".3f", "correlation": ".3f"}
     print(table(rows, columns))
+    print(
+        "Half of the refits against the other half:",
+        table(halves, {k: columns[k] for k in columns if k != "posterior"}),
+        sep="\n",
+    )
     print(f"The reference has a relative standard error of {math.sqrt(2 / (refits_number - 1)):.1%} in each variance.")
     shares = fitted.shares()
     print(table(shares, {"t_low": ".0f", "t_high": ".0f", "share_between": ".3f", "share_within": ".3f"}))
@@ -223,7 +231,7 @@ def main(
         "cut_share": fitted.cut_share, "warnings": notes, "noise_variance": fitted.noise_variance.tolist(),
         "seconds": round(time.perf_counter() - started, 1), "command": command("posterior_check"),
     }  # fmt: skip
-    record(folder, settings, {"agreement": rows, "shares": shares})
+    record(folder, settings, {"agreement": rows, "halves": halves, "shares": shares})
     print(f"Written to {folder}")
 
 

@@ -27,6 +27,7 @@ from tests import cases
 from tests.fitting import recipes
 from tests.fitting.test_by_pipe import MADE, RECIPES, data_of, double
 from tests.fitting.test_fit import assert_same, state
+from tests.pipelines import noise as normal
 from tests.pipelines import picture
 
 N = 5
@@ -305,6 +306,22 @@ def test_bad_data(name):
     with pytest.raises(error, match=message):
         fitted(pipe, data, **kwargs)
     assert len(calls) <= 8  # before the work
+
+
+@pytest.mark.parametrize("end", [0.2, 0.5])
+def test_inputs_that_are_others_in_later_steps_are_refused(end):
+    """A ControlNet that ends early: some draws would be without it."""
+    pipe, data = MADE["controlnet-1"](), {"images": images(2), "prompts": PROMPTS[:2], "image": picture(batch=2)}
+    with pytest.raises(UnsupportedPipelineError, match="the same in each step with the same sample and timestep"):
+        fitted(pipe, data, pipe_kwargs={"control_guidance_end": end})
+
+
+def test_a_noise_level_by_the_number_of_the_step_is_refused():
+    """The latent upscaler tells its network log σ/4 of the scheduler's own steps."""
+    pipe = MADE["latent-upscale"]()
+    data = {"images": images(1, 4, 16), "prompts": ["a cat"], "image": normal(1, 4, 8, 8)}
+    with pytest.raises(UnsupportedPipelineError, match="the same in each step with the same sample and timestep"):
+        fitted(pipe, data, space="samples")
 
 
 def test_a_flow_whose_time_runs_from_noise_to_data():

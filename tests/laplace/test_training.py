@@ -258,7 +258,7 @@ def test_how_many_draws():
         assert choose_draws(None, None) == 1
     with pytest.warns(TrainingDrawsWarning, match="taken to be 3"):
         assert choose_draws(3, None) == 3
-    assert [choose_draws(None, m) for m in (1, 1.5, 2.5, 8.53, 1000)] == [1, 2, 3, 4, 4]
+    assert [choose_draws(None, m) for m in (1, 1.5, 2.5, 8.53, 1000)] == [1, 2, 3, 9, 10]
     assert choose_draws(12, 8.53) == 12
     for bad in (0, 0.5, -1, float("nan"), float("inf"), "many", True):
         with pytest.raises(ArgumentError, match="training_draws >= 1"):

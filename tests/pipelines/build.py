@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import Case, build_transformer, build_unet
+from . import Case, build_more, build_transformer, build_unet
 
-CASES: tuple[Case, ...] = (*build_unet.CASES, *build_transformer.CASES)
+CASES: tuple[Case, ...] = (*build_unet.CASES, *build_transformer.CASES, *build_more.CASES)
 
 
 def run(case: Case, pipe: Any, **kwargs: Any) -> Any:

@@ -29,7 +29,11 @@ DRAWS = 3
 #: δW, relative to W: large enough for float32, small enough for a derivative.
 SIZE = 1e-3
 #: Heads that are not where most networks have theirs.
-HEADS = {"wan-two-networks": "transformer_2.proj_out", "stable-audio": "postprocess_conv"}
+HEADS = {
+    "wan-two-networks": "transformer_2.proj_out",
+    "stable-audio": "postprocess_conv",
+    "cascade": "decoder.clf.1",
+}
 
 
 @dataclass(frozen=True)

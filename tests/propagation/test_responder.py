@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from bayesdiff.checks import BayesdiffWarning
+from bayesdiff.propagation import responder as responders
 from bayesdiff.propagation.plan import Plan
 from bayesdiff.propagation.responder import Branches, Errors, Measured, Responder
-from bayesdiff.propagation.response import EIGENVALUE_FLOOR
+from bayesdiff.propagation.response import EIGENVALUE_FLOOR, Directions
 from bayesdiff.propagation.settings import Tangents
 from bayesdiff.propagation.tangents import FOLLOWED, LARGE, _Module, warn
 
@@ -21,12 +22,16 @@ PLACES, NODES, P, K = tuple(map(float, range(12))), (1, 4, 6, 9, 11), 10, 40
 @pytest.fixture(params=[True, False], ids=["shared", "apart"])
 def measured(request):
     """Responses of slowly changing Jacobians, measured at some places, and these: ``(2, P, P)`` each."""
+    return measure(request.param)
+
+
+def measure(shared, by_sample=False, dtype=torch.float64):
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape):
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
-    responder = Responder(Plan(NODES, 4, PLACES), torch.float64, request.param, by_sample=False)
+    responder = Responder(Plan(NODES, 4, PLACES), dtype, shared, by_sample)
     root, turn, scale = draw(2, P, P) / P, draw(2, P, P) / (4 * P), torch.arange(1, P + 1, dtype=torch.float64).rsqrt()
     jacobians, deltas = {}, {}
     for n in NODES:
@@ -37,9 +42,24 @@ def measured(request):
         strengths = (deltas[n] @ chosen.directions.mT).square().mean(1)
         strengths[:, -1] = chosen.length[:, 0].square() - strengths[:, :-1].sum(1)
         images = chosen.directions @ jacobians[n].mT * chosen.safe.unsqueeze(1)
-        responder.add(n, Measured(chosen, images, None, strengths.sqrt(), Branches.alone(2), (0.5, 2.0)))
+        kept = Directions(chosen.directions.to(dtype), chosen.length, chosen.probe)
+        responder.add(n, Measured(kept, images.to(dtype), None, strengths.sqrt(), Branches.alone(2), (0.5, 2.0)))
     responder.finish()
     return responder, jacobians
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("by_sample", [True, False])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 3e-3), (torch.float64, 1e-6)])
+def test_in_the_span_of_the_measurements_it_is_the_same(monkeypatch, shared, by_sample, dtype, tolerance):
+    deltas = torch.randn(2, K, P, generator=torch.Generator().manual_seed(1), dtype=dtype)
+    found = []
+    for shorter in (0, 1000):  # always, and never
+        monkeypatch.setattr(responders, "SHORTER", shorter)
+        responder, _ = measure(shared, by_sample, dtype)
+        assert bool(responder._spans) == (shorter == 0)
+        found.append(torch.stack([responder.denoised(n, deltas) for n in range(12)]))
+    assert float((found[0] - found[1]).norm() / found[1].norm()) < tolerance
 
 
 def test_each_measurement_is_predicted_from_the_others(measured):

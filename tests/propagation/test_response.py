@@ -108,7 +108,7 @@ def drifting(places=4, asymmetry=0.0):
 def test_smoothed_responses_are_the_dense_formulas(p, asymmetry, monkeypatch):
     monkeypatch.setattr(responses, "ROWS_PER_DIRECTION", 1000)
     places = [measured(j, draws(20, seed=n), p, seed=n) for n, j in enumerate(drifting(asymmetry=asymmetry))]
-    got = smoothed(places)
+    got = list(smoothed(places))
     settings = {
         "before": responses.BEFORE, "after": responses.AFTER, "floor": responses.EIGENVALUE_FLOOR,
         "regularization": responses.REGULARIZATION,
@@ -170,7 +170,7 @@ def test_measurements_know_of_each_other():
     alone, together = errors([Response.fit(*m) for m in places]), errors(smoothed(places))
     assert all(b < a for a, b in zip(alone, together, strict=True))
     assert sum(together) < 0.85 * sum(alone)
-    single = smoothed(places[:1])[0]
+    single = next(smoothed(places[:1]))
     assert torch.equal(single(other), Response.fit(*places[0])(other))
     for r in smoothed(places):
         assert r.extension.shape[1] == responses.ROWS_PER_DIRECTION * 5
@@ -194,7 +194,7 @@ def test_no_deviation_has_no_response(k):
 def test_several_responses_at_once():
     """Their weighted sum, in two products."""
     places = [measured(j, draws(20, seed=n), 5, seed=n) for n, j in enumerate(drifting())]
-    fitted, weights, other = smoothed(places), (0.5, -0.2, 0.8, -0.1), draws(6, seed=80)
+    fitted, weights, other = list(smoothed(places)), (0.5, -0.2, 0.8, -0.1), draws(6, seed=80)
     expected = sum(w * r(other) for w, r in zip(weights, fitted, strict=True))
     torch.testing.assert_close(Response.weighted(list(zip(weights, fitted, strict=True)), other), expected)
 

@@ -1,0 +1,39 @@
+"""Free memory goes back to the system where it is more than a step takes again."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from bayesdiff.tracing import memory
+from bayesdiff.tracing.dual import DualNumbers
+
+MB = 2**20
+pytestmark = pytest.mark.skipif(memory._trim() is None, reason="not Linux with glibc")
+
+
+def freed(number: int) -> list[Tensor]:
+    """So many blocks of 8 MB are filled and freed; what lies between them is in use, so the C library may keep their pages."""
+    blocks, between = [], []
+    for _ in range(number):
+        blocks.append(torch.ones(8 * MB, dtype=torch.uint8))
+        between.append(torch.ones(MB // 2, dtype=torch.uint8))
+    return between
+
+
+@pytest.mark.parametrize(("number", "kept"), [(24, False), (6, True)])
+def test_what_a_step_takes_again_is_kept_and_more_is_given_back(number: int, kept: bool) -> None:
+    DualNumbers()  # from here on the library keeps such blocks
+    memory.give_back(memory.LARGE, held=0)
+    before = memory._resident()
+    between = freed(number)
+    held = memory._resident()
+    assert held - before > 6 * number * MB
+    memory.give_back(memory.LARGE - 1)  # small tangents
+    assert abs(memory._resident() - held) < 4 * MB
+    memory.give_back(memory.LARGE)
+    assert (memory._resident() > held - 4 * MB) == kept
+    memory.give_back(memory.LARGE, held=0)
+    assert memory._resident() - before < 2 * number * MB
+    del between
