@@ -16,7 +16,7 @@ images left out, and the residuals that shapes are fitted to are those of images
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -37,6 +37,8 @@ LEVELS = (
 )  # fmt: skip
 #: Ridges that are tried, in those of the mean square of a standardised feature.
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+#: Steps of Fisher scoring, at most, and the relative decrease of the loss that ends it.
+ITERATIONS, CONVERGED = 40, 1e-8
 #: A measured variance is no less than this share of the mean squared residual.
 FLOOR = 0.01
 #: Levels of noise are divided by their standard deviation, or by this where they are nearly one.
@@ -154,21 +156,24 @@ class LogLinear:
         trend: γ, ``(C, 3)``.
         center: Mean and standard deviation of the level in the fit.
         ridge: Of :data:`RIDGES`, that was chosen.
+        left_out: The variance at each position of the fit, by a model of that ridge that did not see its image, ``(n, C)``.
     """
 
     weights: Tensor
     trend: Tensor
     center: tuple[float, float]
     ridge: float
+    left_out: Tensor | None = field(default=None, repr=False, compare=False)
 
     @classmethod
     def fit(cls, sample: Sample) -> LogLinear:
         """By penalised likelihood; the ridge by two-fold cross-validation over images."""
-        losses = {}
+        tried = []
         for ridge in RIDGES:
             found = out_of_fold(sample, lambda part, r=ridge: cls._with(part, r))  # type: ignore[misc]
-            losses[ridge] = float((found.log() + sample.residual.square() / found).mean())
-        return cls._with(sample, min(losses, key=losses.__getitem__))
+            tried.append((float((found.log() + sample.residual.square() / found).mean()), ridge, found))
+        _, ridge, left_out = min(tried, key=lambda one: one[0])
+        return replace(cls._with(sample, ridge), left_out=left_out)
 
     @classmethod
     def _with(cls, sample: Sample, ridge: float) -> LogLinear:
@@ -191,7 +196,7 @@ class LogLinear:
             return 0.5 * (eta + square * (-eta).exp()).sum(0) + 0.5 * (penalty[:, None] * theta.square()).sum(0)
 
         value = loss(theta)
-        for _ in range(60):
+        for _ in range(ITERATIONS):
             gradient = x.mT @ (0.5 * (1 - square * (-(x @ theta)).exp())) + penalty[:, None] * theta
             step = torch.cholesky_solve(gradient, factor)
             share = torch.ones_like(value)
@@ -203,7 +208,7 @@ class LogLinear:
                 share = torch.where(worse, share / 2, share)
             theta = torch.where(worse, theta, theta - share * step)
             before, value = value, torch.where(worse, value, trial)
-            if bool(((before - value) <= 1e-9 * before.abs()).all()):
+            if bool(((before - value) <= CONVERGED * before.abs()).all()):
                 break
         weights = (theta[:-3] * varies[:, None] / std[:, None]).mT
         trend = theta[-3:].mT.clone()
@@ -274,7 +279,8 @@ def fit_noise(sample: Sample, scale: str, shapes: Sequence[str] = SHAPES) -> dic
     if not bool(sample.residual.square().mean() > 0):
         raise ArgumentError("expected held-out residuals that are not all 0, got zeros")
     found = FITS[scale](sample)
-    variance = out_of_fold(sample, FITS[scale]) if scale == "log-linear" else found.of_sample(sample)
+    left_out = found.left_out if isinstance(found, LogLinear) else None
+    variance = found.of_sample(sample) if left_out is None else left_out
     known = torch.isfinite(variance)
     z = sample.residual[known] / variance[known].sqrt()
     return {shape: Noise(found, fit_shape(z, shape)) for shape in shapes}
@@ -284,7 +290,7 @@ def out_of_fold(sample: Sample, fit: Callable[[Sample], Scale]) -> Tensor:
     """The variance of each half of the images by what was fitted to the other half, ``(n, C)``."""
     images, rank = torch.unique(sample.image, return_inverse=True)
     if len(images) < 2:
-        raise EmptyDataError("expected at least four images to fit a noise model to, got fewer")
+        raise EmptyDataError("expected at least two images to fit a noise model to, got one")
     even = rank % 2 == 0
     out = torch.empty_like(sample.residual)
     for half in (even, ~even):

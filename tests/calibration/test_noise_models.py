@@ -75,6 +75,12 @@ def test_a_log_linear_variance_is_found_again() -> None:
     assert found.shape == truth.shape
     error = (found / truth).log()
     assert float(error.square().mean().sqrt()) < 0.15
+    # Shapes are fitted to what a model says of images that it did not see: worse than of its own.
+    part = sample(rows)
+    own, left_out = model.of_sample(part), model.left_out
+    assert left_out.shape == own.shape
+    scores = [float((v.log() + part.residual.square() / v).mean()) for v in (own, left_out)]
+    assert scores[0] < scores[1] < scores[0] + 0.05
     # The same numbers position by position as row by row.
     again = model.of_sample(sample(other))
     flat = found.flatten(2).mT.reshape(-1, 2)
@@ -97,7 +103,7 @@ def test_fisher_scoring_reaches_the_minimum() -> None:
         return float(0.5 * (eta + square.numpy() * np.exp(-eta)).sum() + 0.5 * (penalty * theta**2).sum())
 
     best = optimize.minimize(loss, np.zeros(x.shape[1]), method="BFGS", options={"gtol": 1e-6})
-    np.testing.assert_allclose(model.of_sample(part)[:, 0].log().numpy(), x @ best.x, atol=2e-3)
+    np.testing.assert_allclose(model.of_sample(part)[:, 0].log().numpy(), x @ best.x, atol=4e-3)
 
 
 def test_what_is_measured_is_what_is_predicted_and_what_is_below_the_floor_is_counted() -> None:
@@ -180,7 +186,7 @@ def test_bad_input_is_a_typed_error() -> None:
         fit_noise(part, "constant", ["cauchy"])
     with pytest.raises(EmptyDataError, match="held-out rows"):
         Sample.of(GEOMETRY, [], 4, torch.Generator())
-    with pytest.raises(EmptyDataError, match="four images"):
+    with pytest.raises(EmptyDataError, match="two images"):
         fit_noise(part[part.image < 1], "log-linear")
     zero = Sample(part.phi, part.residual * 0, part.level, part.image, part.tweedie)
     with pytest.raises(ArgumentError, match="not all 0"):
