@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from diffusers import DDIMScheduler, UNet2DModel
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 from experiments.train_fashion_ddpm.train import fashion_mnist, to_model_space
 
@@ -84,14 +84,14 @@ class WaveNetwork(nn.Module):
         self.frequencies = frequencies
         self.first = nn.Linear(length + 2 * frequencies, width)
         self.second = nn.Linear(width, width)
-        self.out = nn.Linear(width, length)
+        self.head = nn.Linear(width, length)
 
     def forward(self, sample: Tensor, timestep: Tensor, return_dict: bool = False) -> tuple[Tensor]:
         """ε of ``sample`` ``(n, length)`` at ``timestep`` ``(n,)`` or a number."""
         u = torch.as_tensor(timestep, device=sample.device).expand(len(sample)).to(sample.dtype) / 1000
         angles = u[:, None] * math.pi * 2.0 ** torch.arange(self.frequencies, device=sample.device).to(sample.dtype) / 2
         h = F.silu(self.first(torch.cat([sample, angles.sin(), angles.cos()], 1)))
-        return (self.out(h + F.silu(self.second(h))),)
+        return (self.head(h + F.silu(self.second(h))),)
 
 
 class Sines(Problem):
@@ -129,7 +129,7 @@ class Fashion(Problem):
     """
 
     name = "fashion"
-    recipe = Recipe(networks=14, size=4000, steps=1200, batch=64, rate=2e-3, average=0.99, together=1)
+    recipe = Recipe(networks=12, size=4000, steps=1200, batch=64, rate=2e-3, average=0.99, together=1)
 
     def __init__(self, recipe: Recipe | None = None, folder: Path = FASHION) -> None:
         super().__init__(recipe)

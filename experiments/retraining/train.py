@@ -23,9 +23,7 @@ WARMUP = 100
 def rate(step: int, steps: int) -> float:
     """Factor of the learning rate: a linear warm-up, then a cosine to zero."""
     warmup = min(WARMUP, steps // 4)
-    return (
-        (step + 1) / warmup if step < warmup else 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
-    )
+    return (step + 1) / warmup if step < warmup else 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
 
 
 def kept(folder: Path, problem: Problem, number: int) -> dict[str, Tensor] | None:
@@ -36,7 +34,9 @@ def kept(folder: Path, problem: Problem, number: int) -> dict[str, Tensor] | Non
     with safe_open(path, framework="pt") as file:
         recipe = json.loads(file.metadata()["recipe"])
         if recipe != _identity(problem):
-            raise ValueError(f"{path} was trained by {recipe}, expected {_identity(problem)}; give another --work folder")
+            raise ValueError(
+                f"{path} was trained by {recipe}, expected {_identity(problem)}; give another --work folder"
+            )
         return {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
 
 
@@ -66,7 +66,10 @@ def trained(problem: Problem, numbers: list[int]) -> list[dict[str, Tensor]]:
         torch.manual_seed(1_000_003 * (1 + number))
         networks.append(problem.build())
     network = networks[0].train()
-    weights = {k: torch.stack([dict(n.named_parameters())[k].detach() for n in networks]) for k, _ in network.named_parameters()}
+    weights = {
+        k: torch.stack([dict(n.named_parameters())[k].detach() for n in networks])
+        for k, _ in network.named_parameters()
+    }
     for w in weights.values():
         w.requires_grad_()
     average = {k: w.detach().clone() for k, w in weights.items()}
@@ -111,7 +114,7 @@ def _outputs(
     """Outputs of all networks, each on its own rows."""
 
     def one(w: dict[str, Tensor], x: Tensor, t: Tensor, given: dict[str, Tensor]) -> Tensor:
-        return functional_call(network, w, (x, t), {**given, "return_dict": False})[0]  # type: ignore[no-any-return]
+        return functional_call(network, w, (x, t), {**given, "return_dict": False})[0]
 
     if len(noisy) == 1:
         return one({k: w[0] for k, w in weights.items()}, noisy[0], t[0], {k: v[0] for k, v in batch.items()})[None]
