@@ -26,7 +26,7 @@ SIZES = {
     "sines": Sizes(
         images=2000, draws_per_image=16, draws=256, refits=40, subset=500, subsets=4, pairs=4000, whole=True
     ),
-    "fashion": Sizes(images=1000, draws=48, refits=24, subset=500, subsets=3, pairs=1500),
+    "fashion": Sizes(images=1000, draws=48, refits=24, subset=500, subsets=2, pairs=1000),
 }
 #: Held-out images, initial noises, DDIM steps; base networks; images of the loss gap; draws of an image in refits.
 POINTS = {"sines": (200, 200, 50), "fashion": (48, 16, 25)}
@@ -39,7 +39,7 @@ def main(
     work: Annotated[
         Path | None, typer.Option(help="Trained networks; those found there are not trained again.")
     ] = None,
-    most: Annotated[int | None, typer.Option("--train", help="Train so many that are missing, and stop.")] = None,
+    most: Annotated[int | None, typer.Option("--train", help="Train at most so many of those missing; judge if none is left.")] = None,
     base: Annotated[int | None, typer.Option(help="Judge this network only, keep what it found, and stop.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the results.")] = None,
 ) -> None:
@@ -49,7 +49,7 @@ def main(
     chosen: Problem = Sines() if problem == "sines" else Fashion(folder=data)
     work = work or Path("build/retraining") / problem
     left = train(chosen, work, most)
-    if most is not None:
+    if left:
         print(f"{left} networks are still to be trained")
         return
     run(chosen, work, out, SIZES[problem], POINTS[problem], BASES[problem], GAP[problem], DRAWS[problem], base)

@@ -141,7 +141,7 @@ def judged(
     elsewhere = [k for k in others if k != base.number]
     drawn(
         "head refitted on the others' data",
-        base.with_heads(base.on_other_data(elsewhere, min(500, len(base.data["images"])), refit_draws)),
+        base.with_heads(base.on_other_data(elsewhere, min(300, len(base.data["images"])), refit_draws)),
     )
     subsets = []
     for k in range(sizes.subsets):

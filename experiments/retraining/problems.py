@@ -79,7 +79,7 @@ class Problem(ABC):
 class WaveNetwork(nn.Module):
     """An MLP of (x, t) with a residual block, called as diffusers' networks are."""
 
-    def __init__(self, width: int = 64, frequencies: int = 8, length: int = 10) -> None:
+    def __init__(self, width: int = 48, frequencies: int = 8, length: int = 10) -> None:
         super().__init__()
         self.frequencies = frequencies
         self.first = nn.Linear(length + 2 * frequencies, width)
@@ -102,7 +102,7 @@ class Sines(Problem):
 
     def __init__(self, recipe: Recipe | None = None) -> None:
         super().__init__(recipe)
-        self.scheduler = DDIMScheduler(beta_schedule="squaredcos_cap_v2", clip_sample=False, set_alpha_to_one=True)
+        self.scheduler = DDIMScheduler(beta_schedule="squaredcos_cap_v2", clip_sample=False)
 
     def build(self) -> nn.Module:
         return WaveNetwork()
@@ -129,12 +129,13 @@ class Fashion(Problem):
     """
 
     name = "fashion"
-    recipe = Recipe(networks=12, size=4000, steps=1200, batch=64, rate=2e-3, average=0.99, together=1)
+    recipe = Recipe(networks=12, size=4000, steps=1000, batch=64, rate=2e-3, average=0.99, together=1)
 
     def __init__(self, recipe: Recipe | None = None, folder: Path = FASHION) -> None:
         super().__init__(recipe)
         self.folder = folder
-        self.scheduler = DDIMScheduler(beta_schedule="linear", clip_sample=False, set_alpha_to_one=True)
+        # Of v, because ε predicted by networks trained this shortly is divided by √ᾱ = 0.006 in the first steps.
+        self.scheduler = DDIMScheduler(beta_schedule="linear", prediction_type="v_prediction", clip_sample=False)
         self._train: tuple[Tensor, Tensor] | None = None
 
     def build(self) -> nn.Module:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from tqdm import tqdm
 
+from bayesdiff.diffusion.noising import noised
 from bayesdiff.io import atomic_path
 from experiments.retraining.problems import Problem
 
@@ -78,17 +79,16 @@ def trained(problem: Problem, numbers: list[int]) -> list[dict[str, Tensor]]:
     generators = [torch.Generator().manual_seed(7_000_003 * (1 + number)) for number in numbers]
     optimizer = torch.optim.AdamW(weights.values(), lr=recipe.rate, betas=(0.9, 0.99), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, recipe.steps))
-    alphas = scheduler.alphas_cumprod
     for step in (bar := tqdm(range(recipe.steps), desc=f"networks {numbers[0]}–{numbers[-1]}", mininterval=10)):
         rows, t, noise = (
             torch.stack(x) for x in zip(*[_draw(g, recipe.batch, recipe.size, data["images"].shape[2:]) for g in generators], strict=True)
         )  # fmt: skip
         batch = {k: torch.stack([v[r] for v, r in zip(values, rows, strict=True)]) for k, values in data.items()}
         clean = batch.pop("images")
-        a = alphas[t].view(*t.shape, *[1] * (clean.ndim - 2))
-        noisy = a.sqrt() * clean + (1 - a).sqrt() * noise
+        pair = noised(scheduler, clean.flatten(0, 1), noise.flatten(0, 1), t.flatten())
+        noisy, wanted = (x.float().view(clean.shape) for x in pair)
         output = _outputs(network, weights, noisy, t, batch)
-        loss = (output - noise).square().flatten(1).mean(1)
+        loss = (output - wanted).square().flatten(1).mean(1)
         optimizer.zero_grad()
         loss.sum().backward()
         optimizer.step()
