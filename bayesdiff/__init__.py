@@ -4,8 +4,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from bayesdiff import calibration as calibration
     from bayesdiff import rng as rng
     from bayesdiff import zoo as zoo
+    from bayesdiff.calibration.comparison import compare as compare
+    from bayesdiff.calibration.evaluation import Evaluation as Evaluation
+    from bayesdiff.calibration.evaluation import evaluate as evaluate
     from bayesdiff.checks import BayesdiffError as BayesdiffError
     from bayesdiff.checks import BayesdiffWarning as BayesdiffWarning
     from bayesdiff.data import open_images as open_images
@@ -41,7 +45,11 @@ _MODULES = {
     "BayesdiffWarning": "checks",
     "Checkpoint": "laplace.checkpoint",
     "Ensemble": "propagation.settings",
+    "Evaluation": "calibration.evaluation",
     "Gaussian": "gaussian",
+    "calibration": "calibration",
+    "compare": "calibration.comparison",
+    "evaluate": "calibration.evaluation",
     "Head": "head.find",
     "Huber": "laplace.loss",
     "L1": "laplace.loss",
@@ -64,7 +72,7 @@ _MODULES = {
     "rng": "rng",
     "zoo": "zoo",
 }
-_ARE_MODULES = ("links", "rng", "zoo")
+_ARE_MODULES = ("calibration", "links", "rng", "zoo")
 
 __all__ = sorted(_MODULES)
 

@@ -209,6 +209,105 @@ def map_command(
         )
 
 
+Data = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder of held-out images, as of fit; by default those that ship with the model.", show_default=False
+    ),
+]
+Prompt = Annotated[str | None, typer.Option(help="A text for all images, if the folder has none.", show_default=False)]
+Posterior = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder of a saved posterior; by default one is fitted to the data that ship with the model.",
+        show_default=False,
+    ),
+]
+Size = Annotated[
+    int | None, typer.Option(help="Height and width of the images; by default the model's.", show_default=False)
+]
+Convert = Annotated[
+    bool, typer.Option("--convert", help="Convert grey, transparent, palette and CMYK images instead of an error.")
+]
+
+
+@app.command("evaluate")
+def evaluate_command(
+    out: Annotated[Path, typer.Option(help="Folder for the table, the figure and settings.")],
+    model: Model = "fashion-ddpm",
+    data: Data = None,
+    prompt: Prompt = None,
+    images: Annotated[
+        int | None, typer.Option(help="The first so many of the shipped images only.", show_default=False)
+    ] = None,
+    posterior: Posterior = None,
+    bins: Annotated[int, typer.Option(help="Equal bins of t.")] = 10,
+    timesteps: Annotated[
+        list[float] | None,
+        typer.Option("--timestep", help="Only at this timestep; may be given again.", show_default=False),
+    ] = None,
+    probes: Annotated[int, typer.Option(help="Numbers of each sample at which Tweedie's variance is measured.")] = 8,
+    draws: Annotated[int, typer.Option(help="Timesteps and noises of each image in each bin.")] = 1,
+    size: Size = None,
+    convert: Convert = False,
+    batch_size: Annotated[int, typer.Option(help="Rows in a network call.")] = 50,
+    seed: Annotated[int, typer.Option(help="Of timesteps, noise, and which half noise models are fitted to.")] = 0,
+    dtype: Dtype = "float32",
+    device: Device = None,
+    debug: Debug = False,
+) -> None:
+    """Are predictions of held-out images calibrated: coverage, NLL, CRPS and ENCE by bins of t."""
+    from bayesdiff.cli.judged import JudgeOptions, run_evaluate
+    from bayesdiff.cli.show import reporting
+
+    with reporting(debug):
+        o = JudgeOptions(out, model, data, prompt, images, posterior, size, convert, seed, dtype, device)
+        run_evaluate(o, bins, timesteps, probes, draws, batch_size)
+
+
+@app.command("compare")
+def compare_command(
+    out: Annotated[Path, typer.Option(help="Folder for the table, the figure and settings.")],
+    model: Model = "fashion-ddpm",
+    data: Data = None,
+    prompt: Prompt = None,
+    images: Annotated[int, typer.Option(help="So many of the shipped images, at timesteps spread from 0 to T.")] = 8,
+    posterior: Posterior = None,
+    links: Annotated[
+        list[str] | None,
+        typer.Option("--link", help="identity, clamped_pixel or sigmoid; by default all.", show_default=False),
+    ] = None,
+    draws: Annotated[
+        list[int] | None, typer.Option(help="n of Monte Carlo; by default 30, 100, 300.", show_default=False)
+    ] = None,
+    size: Size = None,
+    convert: Convert = False,
+    seed: Annotated[int, typer.Option(help="Of noise and weight draws.")] = 0,
+    dtype: Dtype = "float32",
+    device: Device = None,
+    debug: Debug = False,
+) -> None:
+    """Monte Carlo against closed forms on the head of a model: errors and times."""
+    from bayesdiff.cli.judged import JudgeOptions, run_compare
+    from bayesdiff.cli.show import reporting
+
+    with reporting(debug):
+        o = JudgeOptions(
+            out,
+            model,
+            data,
+            prompt,
+            None if data is not None else images,
+            posterior,
+            size,
+            convert,
+            seed,
+            dtype,
+            device,
+        )
+        run_compare(o, links or ["identity", "clamped_pixel", "sigmoid"], draws or [30, 100, 300])
+
+
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the figure and settings.")],

@@ -21,8 +21,8 @@ from bayesdiff.tracing.network import Call
 
 #: α is taken to be no less than this.
 LEAST_ALPHA = 1e-4
-#: α, a and b of the raw output.
-UNKNOWN = (1.0, 0.0, 1.0)
+#: α, σ, a and b of the raw output.
+UNKNOWN = (1.0, 0.0, 0.0, 1.0)
 
 
 def levels(calls: Sequence[Call]) -> list[float] | None:
@@ -71,21 +71,25 @@ class Coordinates:
     """
 
     def __init__(self, scheduler: Any, calls: Sequence[Call]) -> None:
-        self.scheduler, self.levels = scheduler, levels(calls)
+        self.scheduler, self.levels, self.number = scheduler, levels(calls), len(calls)
         self._sign = -1.0 if calls[0].agreement < 0 else 1.0
 
     def __call__(self, n: int) -> tuple[float, float]:
         """(a, b) of call n; (0, 1), the raw output, where they are not known."""
-        return self._known(n)[1:]
+        return self._known(n)[2:]
+
+    def noise(self, n: int) -> tuple[float, float] | None:
+        """α and σ of what the network sees in call n; None where they are not known."""
+        alpha, sigma, *_ = self._known(n)
+        return (alpha, sigma) if sigma > 0 else None
 
     def interpolated(self, n: int) -> tuple[float, float]:
         """√α (a, b) of call n: of what is interpolated."""
-        alpha, a, b = self._known(n)
-        scale = max(alpha, LEAST_ALPHA) ** 0.5
-        return scale * a, scale * b
+        alpha, _, a, b = self._known(n)
+        return scale_of(alpha) * a, scale_of(alpha) * b
 
-    def _known(self, n: int) -> tuple[float, float, float]:
-        """α, a and b."""
+    def _known(self, n: int) -> tuple[float, float, float, float]:
+        """α, σ, a and b."""
         if self.scheduler is None or self.levels is None:
             return UNKNOWN
         try:
@@ -93,7 +97,7 @@ class Coordinates:
         except (UnsupportedSchedulerError, AttributeError):  # a schedule of another kind
             return UNKNOWN
 
-    def _at(self, level: float) -> tuple[float, float, float]:
+    def _at(self, level: float) -> tuple[float, float, float, float]:
         assert self.levels is not None
         prediction = prediction_type(self.scheduler)
         sigma_data = getattr(self.scheduler.config, "sigma_data", None)
@@ -106,15 +110,22 @@ class Coordinates:
             # A network may be told t, t/1000 or 1 − t/1000, and may return the velocity in either direction.
             sigma = 1 - share if self.levels[-1] > self.levels[0] else share
             a, b = clean_coefficients("flow", 1 - sigma, sigma)
-            return 1 - sigma, a, self._sign * b
+            return 1 - sigma, sigma, a, self._sign * b
         alpha, sigma = (float(v) for v in alpha_sigma(self.scheduler, torch.tensor(share * steps)))
         if alpha < 1e-6 and prediction == "epsilon":
             return UNKNOWN
-        return alpha, *clean_coefficients(prediction, alpha, sigma)
+        return alpha, sigma, *clean_coefficients(prediction, alpha, sigma)
 
 
-def _preconditioned(scheduler: Any, sigma_data: float, prediction: str, level: float) -> tuple[float, float, float]:
-    r"""α, a and b behind the preconditioning of Karras et al. (2022), Table 1, whose network is told log σ/4.
+def scale_of(alpha: float) -> float:
+    """√α: of a denoiser as it is interpolated."""
+    return max(alpha, LEAST_ALPHA) ** 0.5
+
+
+def _preconditioned(
+    scheduler: Any, sigma_data: float, prediction: str, level: float
+) -> tuple[float, float, float, float]:
+    r"""α, σ, a and b behind the preconditioning of Karras et al. (2022), Table 1, whose network is told log σ/4.
 
     :math:`x_0 = c_{skip}x + c_{out}f` with :math:`x = x_{in}/c_{in}`.
     """
@@ -125,4 +136,4 @@ def _preconditioned(scheduler: Any, sigma_data: float, prediction: str, level: f
     if sign is None:
         return UNKNOWN
     c = (sigma**2 + sigma_data**2) ** -0.5
-    return c, sigma_data**2 * c, sign * sigma_data * sigma * c
+    return c, sigma * c, sigma_data**2 * c, sign * sigma_data * sigma * c

@@ -278,6 +278,14 @@ class Responder:
             parts.append(span.out_of(response[..., : span.basis.shape[1]], gain * deltas[group]))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
+    def diagonals(self) -> dict[int, Tensor]:
+        """The diagonal of the combination's response at each measurement, ``(B, P)``, once all are made."""
+        spans = self._spans or [None] * len(next(iter(self._responses.values()), []))
+        return {
+            n: torch.cat([r.diagonal(None if s is None else s.basis) for r, s in zip(parts, spans, strict=True)])
+            for n, parts in self._responses.items()
+        }
+
     def apart(self, n: int, deltas: Tensor, branches: Branches) -> Tensor | None:
         """What the rows' own outputs have beyond the combination's, ``(R, K, Q)``."""
         found = [(w, self.measured[m].chosen.directions, self.measured[m].apart) for m, w in self.weights(n).items()]

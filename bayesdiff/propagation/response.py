@@ -68,6 +68,21 @@ class Response:
         outside = delta - inside @ self.directions
         return self.gain * delta + inside @ self.excess + (outside @ self.extension.mT) @ self.extension
 
+    def diagonal(self, basis: Tensor | None = None) -> Tensor:
+        """The diagonal of J, ``(B, P)``: γ, what was measured, and what is extended to.
+
+        Args:
+            basis: Orthonormal rows ``(B, r, P)`` that all else is in coordinates of; None: it is not.
+        """
+        outside = self.extension - (self.extension @ self.directions.mT) @ self.directions
+        total = self.gain[:, :, 0]
+        for left, right in ((self.directions, self.excess), (outside, self.extension)):
+            if basis is not None:
+                rank = basis.shape[1]
+                left, right = (rows[..., :rank] @ basis.to(rows) for rows in (left, right))
+            total = total + (left * right).sum(1)
+        return total
+
     @staticmethod
     def weighted(pairs: Sequence[tuple[float, Response]], delta: Tensor) -> Tensor:
         """Σ w J δ of several responses, in two matrix products."""

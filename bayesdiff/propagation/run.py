@@ -174,7 +174,7 @@ class UncertainRun:
         return UncertaintyOutput(
             output, variance.float(), **self._counts(), **predicted, latents=steps[-1] if steps else None,
             residual=residual, selfcheck=selfcheck, trajectory=steps if settings.trajectory and steps else None,
-            factors=torch.cat(factors) if factors else None,
+            factors=torch.cat(factors) if factors else None, denoising=run.denoising(),
         )  # fmt: skip
 
     def _ensemble(self, output: Any, settings: Ensemble) -> UncertaintyOutput:

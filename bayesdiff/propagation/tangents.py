@@ -30,7 +30,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from bayesdiff.checks import BayesdiffWarning, UnsupportedPipelineError
-from bayesdiff.propagation.coordinates import Coordinates, branch_order
+from bayesdiff.propagation.coordinates import Coordinates, branch_order, scale_of
+from bayesdiff.propagation.denoising import Denoising
 from bayesdiff.propagation.entered import Entered, Match, floating
 from bayesdiff.propagation.plan import plan, ranks
 from bayesdiff.propagation.responder import Branches, Measured, Responder, combine
@@ -121,6 +122,23 @@ class TangentRun:
         known = [f for f in found if f is not None]
         return torch.stack(known).amax(0) if known else None
 
+    def denoising(self) -> Denoising | None:
+        """What the data leave open at each network call, as far as the measured responses tell; None where they cannot."""
+        module = self._modules.get((id(self.session.network), 0))
+        diagonals = {} if module is None else module.responder.diagonals()
+        if module is None or module.sample is None or not diagonals:
+            return None
+        nodes, weights = list(diagonals), []
+        for n in range(module.coordinates.number):
+            noise = module.coordinates.noise(n)
+            if noise is None:
+                return None
+            alpha, sigma = noise
+            share = module.responder.weights(n)
+            weights.append([share.get(m, 0.0) * sigma**2 / (alpha * scale_of(alpha)) for m in nodes])
+        stacked = torch.stack([diagonals[m].float() for m in nodes])
+        return Denoising(stacked.unflatten(2, module.sample), torch.tensor(weights, dtype=torch.float64))
+
     def _module(self, box: Box, n: int) -> tuple[_Module, int]:
         """The responses that call n belongs to, and its number among their calls."""
         order = self._order.setdefault(id(box), branch_order(box.calls))
@@ -156,6 +174,8 @@ class TangentRun:
         module, place = self._module(box, n)
         if module.match is None:
             module.match = (entered.match(),)
+            if module.match[0] is not None and module.match[0].inputs is None and not entered.given.listed:
+                module.sample = tuple(entered.given.row_shape(0))
         (match,) = module.match
         rows = entered.rows if match is None else match.taken(entered.rows)
         branches = _confirmed(known, rows)
@@ -306,6 +326,7 @@ class _Module:
     def __init__(self, coordinates: Coordinates, responder: Responder) -> None:
         self.coordinates, self.responder = coordinates, responder
         self.match: tuple[Match | None] | None = None  # once it was looked for
+        self.sample: tuple[int, ...] | None = None  # its shape, where that is all that is moved
         self.shape: tuple[int, int] | None = None
         self.sizes: dict[int, Tensor] = {}  # in the second pass, of Jδx as part of δf
         self._reach: dict[int, Tensor] = {}  # what an error of size 1 in δf makes of the next δx, relative

@@ -1,0 +1,369 @@
+r"""What the data leave open: models of the variance of a training target about the network's output, given x_t.
+
+    constant      one variance for all numbers of a bin of t
+    tweedie       Var[g | x_t] = σ²/(αb²) (a + b ∂f/∂x), measured            (:mod:`bayesdiff.calibration.tweedie`)
+    log-linear    log σ² = βᵀφ + γᵀ(ℓ, ℓ²) for each output of the head, in the head's own features φ and the level of noise ℓ
+
+and of the shape of the residual, r = sZ: normal, Student's t, or through the quantiles found (quantile recalibration, Kuleshov
+et al. 2018). All are fitted to held-out residuals of one bin of t, and know nothing of the weights: their variance φᵀΣφ is
+added.
+
+The log-linear variance is a generalised linear model of r² (Harvey 1976; Davidian & Carroll 1987): its Fisher information
+½ Σ φφᵀ does not depend on β, so one Cholesky factor serves all steps of Fisher scoring. The ridge is chosen by likelihood on
+images left out, and the residuals that shapes are fitted to are those of images left out, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from scipy.optimize import minimize
+from torch import Generator, Tensor
+
+from bayesdiff.calibration.heldout import Observed
+from bayesdiff.calibration.shapes import Normal, Prediction, Quantiles, Shape, StudentT
+from bayesdiff.checks import ArgumentError, EmptyDataError, check_choice, check_finite
+from bayesdiff.head.geometry import HeadGeometry
+
+SCALES = ("constant", "tweedie", "log-linear")
+SHAPES = ("normal", "student-t", "quantiles")
+#: Quantiles of Z that are kept.
+LEVELS = (
+    0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5,
+    0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 0.975, 0.99, 0.995, 0.998,
+)  # fmt: skip
+#: Ridges that are tried, in those of the mean square of a standardised feature.
+RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+#: A measured variance is no less than this share of the mean squared residual.
+FLOOR = 0.01
+#: Least and most degrees of freedom.
+FREEDOM = (2.05, 200.0)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Some positions of held-out rows, that a noise model of one bin is fitted to.
+
+    Args:
+        phi: φ, with the constant 1 if the head has a bias, ``(n, D)``.
+        residual: ``(n, C)`` float64.
+        level: ``(n,)`` float64.
+        image: ``(n,)``.
+        tweedie: ``(n, C)``, NaN where it was not measured.
+    """
+
+    phi: Tensor
+    residual: Tensor
+    level: Tensor
+    image: Tensor
+    tweedie: Tensor
+
+    @classmethod
+    def of(cls, geometry: HeadGeometry, rows: Iterable[Observed], number: int, generator: Generator) -> Sample:
+        """``number`` positions of each row, or all; where Tweedie's variance was measured, rather those.
+
+        Raises:
+            EmptyDataError: There are no rows.
+        """
+        parts: list[tuple[Tensor, ...]] = []
+        for o in rows:
+            for i in range(len(o.residual)):
+                residual, tweedie = (_positions(geometry, v[i]) for v in (o.residual, o.tweedie))
+                score = torch.rand(len(residual), generator=generator).to(residual.device)
+                score = score + torch.isfinite(tweedie).any(1)
+                chosen = score.topk(min(number, len(score))).indices
+                phi = geometry.design(o.inputs[i : i + 1])[0, chosen].float()
+                count = len(chosen)
+                parts.append((
+                    phi, residual[chosen], o.level[i].expand(count).to(residual), o.image[i].expand(count).to(phi.device),
+                    tweedie[chosen],
+                ))  # fmt: skip
+        if not parts:
+            raise EmptyDataError("expected held-out rows to fit a noise model to, got none")
+        return cls(*(torch.cat(v) for v in zip(*parts, strict=True)))
+
+    def __getitem__(self, which: Tensor) -> Sample:
+        return Sample(self.phi[which], self.residual[which], self.level[which], self.image[which], self.tweedie[which])
+
+
+class Scale(Protocol):
+    """A variance of the residual: how it is fitted, and what it is of a row and of a sample's positions."""
+
+    def of_rows(self, geometry: HeadGeometry, rows: Observed) -> Tensor:
+        """Shaped as the residuals, float64; NaN where it is not known."""
+
+    def of_sample(self, sample: Sample) -> Tensor:
+        """``(n, C)`` float64; NaN where it is not known."""
+
+
+@dataclass(frozen=True)
+class Constant:
+    """One variance."""
+
+    variance: float
+
+    @classmethod
+    def fit(cls, sample: Sample) -> Constant:
+        return cls(float(sample.residual.square().mean()))
+
+    def of_rows(self, geometry: HeadGeometry, rows: Observed) -> Tensor:
+        return torch.full_like(rows.residual, self.variance)
+
+    def of_sample(self, sample: Sample) -> Tensor:
+        return torch.full_like(sample.residual, self.variance)
+
+
+@dataclass(frozen=True)
+class Tweedie:
+    """The measured variance, but no less than :data:`FLOOR` of the mean squared residual.
+
+    Args:
+        least: That floor.
+        floored: The share of measurements that were below it when it was fitted.
+    """
+
+    least: float
+    floored: float = 0.0
+
+    @classmethod
+    def fit(cls, sample: Sample) -> Tweedie:
+        least = FLOOR * float(sample.residual.square().mean())
+        known = sample.tweedie[torch.isfinite(sample.tweedie)]
+        if not len(known):
+            raise ArgumentError("expected measured responses for Tweedie's variance, got none: probes=0?")
+        return cls(least, float((known < least).double().mean()))
+
+    def of_rows(self, geometry: HeadGeometry, rows: Observed) -> Tensor:
+        return rows.tweedie.clamp(min=self.least)
+
+    def of_sample(self, sample: Sample) -> Tensor:
+        return sample.tweedie.clamp(min=self.least)
+
+
+@dataclass(frozen=True)
+class LogLinear:
+    r"""log σ²_c = β_cᵀφ + γ_cᵀ(1, ℓ, ℓ²), ℓ standardised.
+
+    Args:
+        weights: β, ``(C, D)`` float64.
+        trend: γ, ``(C, 3)``.
+        center: Mean and standard deviation of the level in the fit.
+        ridge: Of :data:`RIDGES`, that was chosen.
+    """
+
+    weights: Tensor
+    trend: Tensor
+    center: tuple[float, float]
+    ridge: float
+
+    @classmethod
+    def fit(cls, sample: Sample) -> LogLinear:
+        """By penalised likelihood; the ridge by two-fold cross-validation over images."""
+        losses = {}
+        for ridge in RIDGES:
+            found = out_of_fold(sample, lambda part, r=ridge: cls._with(part, r))  # type: ignore[misc]
+            losses[ridge] = float((found.log() + sample.residual.square() / found).mean())
+        return cls._with(sample, min(losses, key=losses.__getitem__))
+
+    @classmethod
+    def _with(cls, sample: Sample, ridge: float) -> LogLinear:
+        phi, square = sample.phi.double(), sample.residual.square()
+        mean, std = phi.mean(0), phi.std(0, correction=0)
+        varies = std > 1e-6 * phi.abs().amax(0).clamp(min=1e-30)  # not the constant 1
+        std = torch.where(varies, std, 1.0)
+        center = (float(sample.level.mean()), max(float(sample.level.std(correction=0)), 1e-9))
+        basis = _trend(sample.level, center)
+        x = torch.cat([(phi - mean) / std * varies, basis], dim=1)
+        penalty = torch.full((x.shape[1],), ridge * len(x), dtype=torch.float64, device=x.device)
+        penalty[-3:] = 1e-9 * len(x)
+        penalty[: len(std)] += 1e-9 * len(x)
+        factor = torch.linalg.cholesky(x.mT @ x / 2 + penalty.diag())
+        theta = x.new_zeros(x.shape[1], square.shape[1])
+        theta[-3] = square.mean(0).clamp(min=1e-30).log()
+
+        def loss(theta: Tensor) -> Tensor:
+            eta = x @ theta
+            return 0.5 * (eta + square * (-eta).exp()).sum(0) + 0.5 * (penalty[:, None] * theta.square()).sum(0)
+
+        value = loss(theta)
+        for _ in range(60):
+            gradient = x.mT @ (0.5 * (1 - square * (-(x @ theta)).exp())) + penalty[:, None] * theta
+            step = torch.cholesky_solve(gradient, factor)
+            share = torch.ones_like(value)
+            for _ in range(30):  # halved where it does not descend
+                trial = loss(theta - share * step)
+                worse = ~(trial <= value)
+                if not bool(worse.any()):
+                    break
+                share = torch.where(worse, share / 2, share)
+            theta = torch.where(worse, theta, theta - share * step)
+            before, value = value, torch.where(worse, value, trial)
+            if bool(((before - value) <= 1e-9 * before.abs()).all()):
+                break
+        weights = (theta[:-3] * varies[:, None] / std[:, None]).mT
+        trend = theta[-3:].mT.clone()
+        trend[:, 0] -= weights @ mean
+        return cls(weights, trend, center, ridge)
+
+    def of_rows(self, geometry: HeadGeometry, rows: Observed) -> Tensor:
+        eta = geometry.apply(rows.inputs.double(), self.weights[None].to(rows.inputs.device))[0]
+        shift = _trend(rows.level, self.center) @ self.trend.cpu().mT
+        shape = (len(shift), -1, *(1,) * (eta.ndim - 2)) if geometry.kind == "conv" else (
+            len(shift), *(1,) * (eta.ndim - 2), -1
+        )  # fmt: skip
+        return (eta + shift.to(eta).view(shape)).exp()
+
+    def of_sample(self, sample: Sample) -> Tensor:
+        return (sample.phi.double() @ self.weights.mT + _trend(sample.level, self.center) @ self.trend.mT).exp()
+
+
+FITS: dict[str, Callable[[Sample], Scale]] = {
+    "constant": Constant.fit, "tweedie": Tweedie.fit, "log-linear": LogLinear.fit,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Noise:
+    """The noise model of one bin of t: a scale and the shape of what is left.
+
+    Args:
+        scale: The variance s².
+        shape: Of Z.
+    """
+
+    scale: Scale
+    shape: Shape
+
+    def predict(self, geometry: HeadGeometry, rows: Observed, weights: Tensor) -> tuple[Prediction, Tensor]:
+        """Of the residual about 0, the variance of the weights added to s².
+
+        Args:
+            geometry: Of the head.
+            rows: What enters it.
+            weights: φᵀΣφ, shaped as its output.
+
+        Returns:
+            The prediction of the numbers where s² is known, and which those are (shaped as the residuals).
+        """
+        variance = self.scale.of_rows(geometry, rows)
+        known = torch.isfinite(variance)
+        total = variance[known] + weights.to(variance)[known]
+        return Prediction(torch.zeros_like(total), total.sqrt(), self.shape), known
+
+
+def fit_noise(sample: Sample, scale: str, shapes: Sequence[str] = SHAPES) -> dict[str, Noise]:
+    """Noise models of one scale with several shapes.
+
+    Args:
+        sample: Held-out residuals of one bin of t.
+        scale: One of :data:`SCALES`.
+        shapes: Some of :data:`SHAPES`.
+
+    Raises:
+        ArgumentError: Another name, responses that were not measured, or residuals that do not vary.
+        NonFiniteError: A residual is NaN or infinite.
+    """
+    check_choice("scale", scale, SCALES)
+    check_finite("held-out residuals", sample.residual)
+    if not bool(sample.residual.square().mean() > 0):
+        raise ArgumentError("expected held-out residuals that are not all 0, got zeros")
+    found = FITS[scale](sample)
+    variance = out_of_fold(sample, FITS[scale]) if scale == "log-linear" else found.of_sample(sample)
+    known = torch.isfinite(variance)
+    z = sample.residual[known] / variance[known].sqrt()
+    return {shape: Noise(found, fit_shape(z, shape)) for shape in shapes}
+
+
+def out_of_fold(sample: Sample, fit: Callable[[Sample], Scale]) -> Tensor:
+    """The variance of each half of the images by what was fitted to the other half, ``(n, C)``."""
+    images, rank = torch.unique(sample.image, return_inverse=True)
+    if len(images) < 2:
+        raise EmptyDataError("expected at least four images to fit a noise model to, got fewer")
+    even = rank % 2 == 0
+    out = torch.empty_like(sample.residual)
+    for half in (even, ~even):
+        out[half] = fit(sample[~half]).of_sample(sample[half])
+    return out
+
+
+def fit_shape(z: Tensor, shape: str) -> Shape:
+    """The distribution of standardised residuals; a normal one is standard, whatever they are.
+
+    Args:
+        z: ``(n,)``.
+        shape: One of :data:`SHAPES`.
+
+    Raises:
+        ArgumentError: Another name.
+    """
+    check_choice("shape", shape, SHAPES)
+    if shape == "normal":
+        return Normal()
+    if shape == "quantiles":
+        levels = torch.tensor(LEVELS, dtype=torch.float64)
+        return Quantiles(LEVELS, tuple(_quantiles(z.double().cpu(), levels).tolist()))
+    return _student(z.double().cpu())
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """Another shape, stretched: Z = cZ'."""
+
+    inner: Shape
+    factor: float
+
+    @property
+    def mean(self) -> float:
+        return self.factor * self.inner.mean
+
+    @property
+    def variance(self) -> float:
+        return self.factor**2 * self.inner.variance
+
+    def log_density(self, z: Tensor) -> Tensor:
+        return self.inner.log_density(z / self.factor) - torch.tensor(self.factor, dtype=z.dtype).log()
+
+    def cdf(self, z: Tensor) -> Tensor:
+        return self.inner.cdf(z / self.factor)
+
+    def quantile(self, p: Tensor) -> Tensor:
+        return self.factor * self.inner.quantile(p)
+
+    def crps(self, z: Tensor) -> Tensor:
+        return self.factor * self.inner.crps(z / self.factor)
+
+
+def _student(z: Tensor) -> Scaled:
+    """ν and the factor by maximum likelihood."""
+    low, high = (torch.tensor(v, dtype=torch.float64).log().item() for v in FREEDOM)
+    size = float(z.square().mean().sqrt())
+
+    def loss(theta: Sequence[float]) -> float:
+        nu, factor = (float(torch.tensor(v, dtype=torch.float64).exp()) for v in theta)
+        return -float(Scaled(StudentT(nu), factor).log_density(z).mean())
+
+    start = [torch.tensor(5.0).log().item(), torch.tensor(0.8 * size).log().item()]
+    best = minimize(loss, start, method="L-BFGS-B", bounds=[(low, high), (start[1] - 5, start[1] + 5)])
+    nu, factor = (float(torch.tensor(v, dtype=torch.float64).exp()) for v in best.x)
+    return Scaled(StudentT(nu), factor)
+
+
+def _quantiles(z: Tensor, levels: Tensor) -> Tensor:
+    """Empirical quantiles (torch's own takes no more than 16 million numbers)."""
+    ordered = z.sort().values
+    place = levels * (len(ordered) - 1)
+    low = place.floor().long()
+    return torch.lerp(ordered[low], ordered[(low + 1).clamp(max=len(ordered) - 1)], place - low)
+
+
+def _trend(level: Tensor, center: tuple[float, float]) -> Tensor:
+    z = (level - center[0]) / center[1] if center[1] > 1e-9 else torch.zeros_like(level)
+    return torch.stack([torch.ones_like(z), z, z.square()], dim=-1)
+
+
+def _positions(geometry: HeadGeometry, row: Tensor) -> Tensor:
+    """One row of the head's output, ``(positions, C)``."""
+    return row.flatten(1).mT if geometry.kind == "conv" else row.reshape(-1, row.shape[-1])

@@ -1,0 +1,1 @@
+"""Are held-out residuals where the noise models and the weights say?"""
