@@ -20,7 +20,7 @@ from experiments.retraining.analysis import rows_of
 from experiments.retraining.judge import TIMESTEPS, Points, kept_or_judged, retrained
 from experiments.retraining.methods import Sizes
 from experiments.retraining.problems import FASHION, Fashion, Problem, Sines
-from experiments.retraining.train import train
+from experiments.retraining.train import kept, train
 
 SIZES = {
     "sines": Sizes(
@@ -28,18 +28,17 @@ SIZES = {
     ),
     "fashion": Sizes(images=1000, draws=48, refits=24, subset=500, subsets=2, pairs=1000),
 }
-#: Held-out images, initial noises, DDIM steps; base networks; images of the loss gap; draws of an image in refits.
+#: Held-out images, initial noises, DDIM steps; base networks; images and noises of the loss gap; draws of an image in refits.
 POINTS = {"sines": (200, 200, 50), "fashion": (48, 16, 25)}
-BASES, GAP, DRAWS = {"sines": 3, "fashion": 2}, {"sines": 2000, "fashion": 4000}, {"sines": 16, "fashion": 19}
+BASES: dict[str, int] = {"sines": 3, "fashion": 2}
+GAP, DRAWS = {"sines": (2000, 32), "fashion": (4000, 1)}, {"sines": 768, "fashion": 8}
 
 
 def main(
     problem: Annotated[str, typer.Option(help="sines or fashion.")] = "sines",
     data: Annotated[Path, typer.Option(help="Folder with Fashion-MNIST's four .gz files.")] = FASHION,
-    work: Annotated[
-        Path | None, typer.Option(help="Trained networks; those found there are not trained again.")
-    ] = None,
-    most: Annotated[int | None, typer.Option("--train", help="Train at most so many of those missing; judge if none is left.")] = None,
+    work: Annotated[Path | None, typer.Option(help="Trained networks; those there are not trained again.")] = None,
+    rounds: Annotated[int | None, typer.Option("--train", help="Rounds of training; judge if none is left.")] = None,
     base: Annotated[int | None, typer.Option(help="Judge this network only, keep what it found, and stop.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the results.")] = None,
 ) -> None:
@@ -48,7 +47,10 @@ def main(
         raise typer.BadParameter(f"expected sines or fashion, got {problem!r}", param_hint="--problem")
     chosen: Problem = Sines() if problem == "sines" else Fashion(folder=data)
     work = work or Path("build/retraining") / problem
-    left = train(chosen, work, most)
+    left = train(chosen, work, rounds)
+    if problem == "sines" and not left:
+        twins = replace(chosen.recipe, networks=24, together=24, same_data=True)
+        train(Sines(twins), work / "same_data")
     if left:
         print(f"{left} networks are still to be trained")
         return
@@ -56,8 +58,8 @@ def main(
 
 
 def run(
-    problem: Problem, work: Path, out: Path | None, sizes: Sizes, points: tuple[int, int, int], bases: int, gap: int, draws: int,
-    only: int | None = None,
+    problem: Problem, work: Path, out: Path | None, sizes: Sizes, points: tuple[int, int, int], bases: int,
+    gap: tuple[int, int], draws: int, only: int | None = None,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Judge, print, write; the rows."""
     started = time.perf_counter()
@@ -79,23 +81,32 @@ def run(
     if only is not None:
         return []
     networks = retrained(places, work)
+    twins = type(problem)(replace(problem.recipe, networks=24, same_data=True)) if isinstance(problem, Sines) else None
+    if twins is not None and kept(work / "same_data", twins, 0) is not None:
+        of_seeds = retrained(replace(places, problem=twins), work / "same_data")
+        for maps, _ in found:
+            maps |= {f"other networks, same data|{place}": v.var(0) for place, v in of_seeds.items()}
     rows = rows_of(networks, [m for m, _ in found])
     gaps = [{"network": i, **row} for i, (_, measured) in enumerate(found) for row in measured["gap"]]
     truth = {place: float(v.var(0).mean()) for place, v in networks.items()}
     for row in gaps:
         row["retrained"] = truth[f"t={row['t']}"]
     columns = {
-        "place": "", "method": "", "ratio": ".3f", "ratio_se": ".3f", "log_correlation": ".3f", "log_correlation_se": ".3f",
+        "place": "", "method": "", "ratio": ".3g", "ratio_se": ".2g", "log_correlation": ".3f", "log_correlation_se": ".3f",
         "correlation": ".3f", "rank_of_sums": ".3f",
     }  # fmt: skip
     print(table(rows, columns))
-    print(table(gaps, {"network": "d", "t": "d", "own": ".5f", "other": ".5f", "gap": ".2e", "se": ".1e", "head": ".2e", "share_between": ".2f", "factor": ".2f", "retrained": ".2e"}))  # fmt: skip
+    columns = {
+        "network": "d", "t": "d", "own": ".5f", "other": ".5f", "gap": ".2e", "se": ".1e", "head": ".2e", "share_between": ".2f",
+        "factor": ".2f", "retrained": ".2e",
+    }  # fmt: skip
+    print(table(gaps, columns))
     folder = results_folder(f"retraining/{problem.name}", out)
     write_figure(folder / "retraining.png", plot(rows))
     settings = {
         "problem": problem.name, "recipe": asdict(problem.recipe), "training_draws": problem.recipe.training_draws,
         "sizes": asdict(sizes), "heldout_images": points[0], "noises": points[1], "ddim_steps": points[2], "bases": bases,
-        "gap_images": gap, "draws_in_refits": draws, "weights": sum(p.numel() for p in problem.build().parameters()),
+        "gap_images_and_noises": gap, "draws_in_refits": draws, "weights": sum(p.numel() for p in problem.build().parameters()),
         "seconds_of_the_judge": round(time.perf_counter() - started, 1), "command": command("retraining"),
     }  # fmt: skip
     record(folder, settings, {"agreement": rows, "loss_gap": gaps, "variance_of_retrained": truth})
@@ -110,11 +121,9 @@ def plot(rows: list[dict[str, Any]]) -> Figure:
     places = [*[f"t={t}" for t in TIMESTEPS], "sample"]
     for i, method in enumerate(dict.fromkeys(r["method"] for r in rows)):
         own = {r["place"]: r for r in rows if r["method"] == method}
-        where = [k for k, p in enumerate(places) if p in own]
         style = {"color": f"C{i % 10}", "marker": "os^v"[i // 10 % 4], "ms": 4, "capsize": 2, "lw": 1}
         for axis, key in ((left, "ratio"), (right, "log_correlation")):
-            if key not in own[places[where[0]]]:
-                continue
+            where = [k for k, p in enumerate(places) if key in own.get(p, {})]
             y = [own[places[k]][key] for k in where]
             e = [own[places[k]].get(f"{key}_se", own[places[k]].get(f"{key}_sd", 0)) for k in where]
             axis.errorbar([k + 0.03 * i for k in where], y, e, label=method, **style)

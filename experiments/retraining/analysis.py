@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ SPLITS = 40
 
 #: In the order in which they are shown.
 METHODS = (
+    "other networks, same data",
     "sandwich", "sandwich, as shipped", "sandwich × loss gap", "sandwich, held-out images", "GGN", "diagonal EF", "random subset",
     "bootstrap refits of the head", "head refitted on the others' data", "all weights, GGN", "all weights, sandwich",
 )  # fmt: skip
@@ -79,7 +81,9 @@ def rows_of(networks: dict[str, Tensor], maps: list[dict[str, Tensor]]) -> list[
             for key, value in whole.items():
                 over = torch.tensor([e[key] for e in each], dtype=torch.float64)
                 between = float(over.std() / len(over) ** 0.5) if len(over) > 1 else 0.0
-                row |= {key: value, f"{key}_se": (errors[key] ** 2 + between**2) ** 0.5}
+                error = (errors[key] ** 2 + between**2) ** 0.5
+                if math.isfinite(value) and math.isfinite(error):  # a map that is 0 somewhere has no logarithm
+                    row |= {key: value, f"{key}_se": error}
             rows.append(row)
     return rows
 

@@ -16,7 +16,7 @@ from torch import Tensor
 import bayesdiff
 from bayesdiff.diffusion.noising import noised
 from bayesdiff.io import atomic_path
-from experiments.retraining.methods import BATCH, Base, Sizes, Weights, outputs, samples, seeded
+from experiments.retraining.methods import Base, Sizes, Weights, outputs, samples, seeded
 from experiments.retraining.problems import Problem
 from experiments.retraining.train import kept
 
@@ -71,10 +71,17 @@ def retrained(points: Points, folder: Path) -> dict[str, Tensor]:
     return {**{f"t={t}": points.one_step(weights, t) for t in TIMESTEPS}, "sample": points.sample(weights)}
 
 
-def gap(base: Base, points: Points, count: int) -> list[dict[str, float]]:
-    """By t, the loss on images that the network has not seen minus that on its own, both with the same fresh noise.
+def gap(base: Base, points: Points, count: int, draws: int) -> list[dict[str, float]]:
+    """By t, the loss on images that the network has not seen minus that on its own, with the same fresh noise.
 
-    Half of it is what the spread over data sets adds to the loss (as in Akaike's and Takeuchi's criteria), in squared units of ε.
+    Half of it is what the spread over data sets adds to the loss (as in Akaike's and Takeuchi's criteria), in squared units
+    of the output.
+
+    Args:
+        base: The network.
+        points: Whose held-out images are not used here.
+        count: Images on either side.
+        draws: Noises of each.
     """
     problem = base.problem
     own = problem.data(base.number)
@@ -83,19 +90,18 @@ def gap(base: Base, points: Points, count: int) -> list[dict[str, float]]:
     other = {k: v[points.images :] for k, v in more.items()}
     rows = []
     for t in TIMESTEPS:
-        noise = torch.randn((size, *own["images"].shape[1:]), generator=seeded(13))
-        losses = []
-        for data in (own, other):
-            found = []
-            for part in torch.arange(size).split(4 * BATCH):
-                times = torch.full((len(part),), t)
-                x, wanted = noised(problem.scheduler, data["images"][part].double(), noise[part].double(), times)
-                given = {k: v[part] for k, v in data.items() if k != "images"}
-                f = outputs(problem, [base.weights], x.float(), times, given)[0].double()
-                found.append((f - wanted).square().flatten(1).mean(1))
-            losses.append(torch.cat(found))
-        # The same noise on both sides, so errors are of differences.
-        difference = losses[1] - losses[0]
+        generator = seeded(13 + t)
+        losses = torch.zeros(2, size, dtype=torch.float64)
+        for _ in range(draws):
+            noise = torch.randn((size, *own["images"].shape[1:]), generator=generator)
+            for side, data in enumerate((own, other)):
+                for part in torch.arange(size).split(problem.rows):
+                    times = torch.full((len(part),), t)
+                    x, wanted = noised(problem.scheduler, data["images"][part].double(), noise[part].double(), times)
+                    given = {k: v[part] for k, v in data.items() if k != "images"}
+                    f = outputs(problem, [base.weights], x.float(), times, given)[0].double()
+                    losses[side, part] += (f - wanted).square().flatten(1).mean(1) / draws
+        difference = losses[1] - losses[0]  # the same noise on both sides
         rows.append(
             {
                 "t": t, "own": float(losses[0].mean()), "other": float(losses[1].mean()), "gap": float(difference.mean()),
@@ -106,7 +112,7 @@ def gap(base: Base, points: Points, count: int) -> list[dict[str, float]]:
 
 
 def judged(
-    base: Base, points: Points, others: Sequence[int], gap_images: int, refit_draws: int
+    base: Base, points: Points, others: Sequence[int], gap_size: tuple[int, int], refit_draws: int
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Variances by ``method|place``, and what was measured of the head's share of the loss gap."""
     maps: dict[str, Tensor] = {}
@@ -125,7 +131,7 @@ def judged(
         drawn(name, base.with_heads(posterior.sample(sizes.draws, seeded(7))), one_step=False)
     maps["sandwich, as shipped|sample"] = shipped(base, points).double()
 
-    gaps = gap(base, points, gap_images)
+    gaps = gap(base, points, *gap_size)
     shares = {row["t_low"]: row for row in base.posterior.shares()}
     factors = {}
     for row in gaps:
@@ -176,22 +182,22 @@ def shipped(base: Base, points: Points) -> Tensor:
 
 
 def kept_or_judged(
-    base_number: int,
+    number: int,
     points: Points,
     folder: Path,
     sizes: Sizes,
     others: Sequence[int],
-    gap_images: int,
+    gap_size: int,
     refit_draws: int,
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """:func:`judged`, from its file if there is one of the same settings."""
-    path = folder / f"judged-{base_number:02d}.safetensors"
-    identity = repr((sizes, points.images, points.noises, points.steps, list(others), gap_images, refit_draws))
+    path = folder / f"judged-{number:02d}.safetensors"
+    identity = repr((sizes, points.images, points.noises, points.steps, list(others), gap_size, refit_draws))
     if path.exists():
         with safe_open(path, framework="pt") as file:
             if file.metadata()["identity"] == identity:
                 return {k: file.get_tensor(k) for k in file.keys()}, json.loads(file.metadata()["measured"])  # noqa: SIM118
-    maps, measured = judged(Base(points.problem, folder, base_number, sizes), points, others, gap_images, refit_draws)
+    maps, measured = judged(Base(points.problem, folder, number, sizes), points, others, gap_size, refit_draws)
     with atomic_path(path) as temporary:
         save_file(
             {k: v.contiguous() for k, v in maps.items()},

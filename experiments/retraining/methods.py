@@ -3,9 +3,9 @@ r"""What can be said of a network's weights without training another: draws of w
 All head methods draw (C, D) heads; the others draw some or all weights of the network:
 
 ``random subset``, ``all weights``
-    A Laplace approximation with the whole GGN of these weights, :math:`H = \frac{NM}{n}\sum J^\top J/\sigma_t^2 + \tau I`, after FLARE
-    (arXiv 2602.09170), which takes 40 % of the weights by chance and a unit noise variance; here the noise variances are those of the
-    head's posterior and NM draws are counted, so that sizes can be compared. τ is MacKay's fixed point.
+    A Laplace approximation with the whole GGN of these weights, :math:`H = \frac{NM}{n}\sum J^\top J/\sigma_t^2 + \tau I`, after
+    FLARE (arXiv 2602.09170), which takes 40 % of the weights by chance and a unit noise variance; here the noise variances are
+    those of the head's posterior and NM draws are counted, so that sizes can be compared. τ is MacKay's fixed point.
 ``all weights, sandwich``
     :math:`H^{-1}(\sum_i g_i g_i^\top)H^{-1}` of all weights, equal weights over t.
 """
@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -22,7 +23,7 @@ from torch import Generator, Tensor
 from torch.func import functional_call, vjp, vmap
 
 import bayesdiff
-from bayesdiff.diffusion.noising import draw, noised
+from bayesdiff.diffusion.noising import noised
 from bayesdiff.head.find import Head, find_head
 from bayesdiff.rng import orthogonal_normal
 from experiments.posterior_check.refits import least_squares, resample
@@ -30,9 +31,6 @@ from experiments.retraining.problems import Problem
 from experiments.retraining.train import kept, network
 
 Weights = dict[str, Tensor]
-
-#: Rows in a network call.
-BATCH = 100
 
 
 def seeded(seed: int) -> Generator:
@@ -86,7 +84,8 @@ class Base:
         """The posterior of N images with M draws each, as the package makes it."""
         return bayesdiff.fit(
             self.network, data, scheduler=self.problem.scheduler, dataset_size=self.problem.recipe.size,
-            training_draws=self.problem.recipe.training_draws, draws_per_image=self.sizes.draws_per_image, space="samples", generator=seeded(100 + self.number), progress=False,
+            training_draws=self.problem.recipe.training_draws, draws_per_image=self.sizes.draws_per_image, space="samples",
+            generator=seeded(100 + self.number), progress=False,
         )  # fmt: skip
 
     @cached_property
@@ -135,34 +134,49 @@ class Base:
 
     def _steps(
         self, data: dict[str, Tensor], draws: int, seed: int
-    ) -> Iterator[tuple[int, Tensor, Tensor, Tensor, Weights]]:
-        """Training steps on some data, ``draws`` of each image in turn: the first draw's number, x_t, t, ε, conditioning."""
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor, Weights]]:
+        """Training steps on some data, ``draws`` of each image in turn: x_t, t, target, conditioning."""
         images = data["images"]
-        many = max(1, BATCH // draws)
-        for first in range(0, len(images), many):
-            rows = torch.arange(first, min(first + many, len(images)))
-            t, noise = draw(self.problem.scheduler, tuple(images.shape[1:]), seed, first, len(rows), draws)
+        many = max(1, self.problem.rows // draws)
+        generator = seeded(seed)
+        for rows in torch.arange(len(images)).split(many):
             rows = rows.repeat_interleave(draws)
+            t = torch.randint(1000, (len(rows),), generator=generator)
+            noise = torch.randn((len(rows), *images.shape[1:]), generator=generator)
             x, wanted = noised(self.problem.scheduler, images[rows].double(), noise.double(), t)
             given = {k: v[rows] for k, v in data.items() if k != "images"}
-            yield first * draws, x.float(), t, wanted.float(), given
+            yield x.float(), t, wanted.float(), given
 
     def refits(self, data: dict[str, Tensor], draws: int, counts: Tensor, seed: int) -> Tensor:
-        """Heads fitted by least squares to draws of some data, through this network's features: W + δW ``(R, C, D)``."""
+        """Heads fitted by least squares to draws of some data, through this network's features: W + δW ``(R, C, D)``.
+
+        Args:
+            data: The images.
+            draws: Of each, fresh.
+            counts: How often each image is in each refit, ``(R, n)``.
+            seed: Of the draws.
+        """
         weight = self.head.weight().cpu()
+        tokens = self.head.geometry.kind == "linear"  # the draws of an image are then rows of one item
 
         def stream() -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
-            for first, x, t, wanted, given in self._steps(data, draws, seed):
+            first = 0
+            for x, t, wanted, given in self._steps(data, draws, seed):
                 phi, output = self.observed(x, t, given)
-                yield first, phi, wanted - output, torch.ones(len(x), dtype=torch.float64)
+                residual = wanted - output
+                if tokens:
+                    phi, residual = phi.unflatten(0, (-1, draws)), residual.unflatten(0, (-1, draws))
+                yield first, phi, residual, torch.ones(len(phi), dtype=torch.float64)
+                first += len(phi)
 
-        found, _ = least_squares(self.head.geometry, stream(), counts, weight, float(self.posterior.prior_precision))
+        by_item = counts if tokens else counts.repeat_interleave(draws, 1)
+        found, _ = least_squares(self.head.geometry, stream(), by_item, weight, float(self.posterior.prior_precision))
         return weight + found
 
     def bootstrap(self, draws: int) -> Tensor:
         """Refits on its own images, resampled, with fresh draws; scaled from the images used to N."""
         n = len(self.data["images"])
-        counts = resample(n, draws, draws, self.sizes.refits, seeded(self.number))
+        counts = resample(n, 1, 1, self.sizes.refits, seeded(self.number))
         heads = self.refits(self.data, draws, counts, 300 + self.number)
         mean = heads.mean(0)
         return mean + (heads - mean) * (n / self.problem.recipe.size) ** 0.5
@@ -172,7 +186,7 @@ class Base:
         heads = []
         for other in others:
             data = {k: v[:images] for k, v in self.problem.data(other).items()}
-            counts = torch.ones(1, len(data["images"]) * draws, dtype=torch.float64)
+            counts = torch.ones(1, len(data["images"]), dtype=torch.float64)
             heads.append(self.refits(data, draws, counts, 500 + other)[0])
         found = torch.stack(heads)
         mean = found.mean(0)
@@ -214,7 +228,7 @@ class Base:
         count = 0
         data = {k: v[: self.sizes.pairs] for k, v in self.data.items()}
         draws = max(1, self.sizes.pairs // len(data["images"]))
-        for _, x, t, wanted, given in self._steps(data, draws, seed):
+        for x, t, wanted, given in self._steps(data, draws, seed):
             for rows in torch.arange(len(x)).split(20):
                 shape = tuple(wanted.shape[1:])
                 size = wanted[0].numel()
@@ -256,7 +270,7 @@ class Base:
         indices = torch.arange(sum(w.numel() for w in self.weights.values()))
         per_image = 8
         scores = []
-        for _, x, t, wanted, given in self._steps(self.data, per_image, seed + 2):
+        for x, t, wanted, given in self._steps(self.data, per_image, seed + 2):
             _, output = self.observed(x, t, given)
             g = self._gradients(x, t, given, (wanted - output)[:, None], indices)[:, 0]
             scores.append(g.unflatten(0, (-1, per_image)).mean(1))
@@ -289,7 +303,7 @@ def outputs(problem: Problem, weights: list[Weights], x: Tensor, t: Tensor, give
         return functional_call(module, w, (x, t), {**given, "return_dict": False})[0]
 
     with torch.no_grad():
-        if problem.recipe.together > 1:
+        if problem.vmapped:
             return vmap(one)({k: torch.stack([w[k] for w in weights]) for k in weights[0]})
         return torch.stack([one(w) for w in weights])
 
@@ -324,7 +338,7 @@ def samples(
             if factor is not None and base is not None:
                 s = _between(factor, float(t)) ** 0.5
                 used = {k: base[k] + s * (w - base[k]) for k, w in stacked.items()}
-            if problem.recipe.together > 1:
+            if problem.vmapped:
                 f = vmap(one, in_dims=(0, 0, None))(used, x, t)
             else:
                 f = torch.stack([one({k: v[i] for k, v in used.items()}, x[i], t) for i in range(len(x))])
@@ -337,7 +351,7 @@ def _between(factor: dict[float, float], t: float) -> float:
     known = sorted(factor)
     if t <= known[0]:
         return factor[known[0]]
-    for low, high in zip(known, known[1:], strict=False):
+    for low, high in pairwise(known):
         if t <= high:
             u = (t - low) / (high - low)
             return (1 - u) * factor[low] + u * factor[high]

@@ -33,6 +33,7 @@ class Recipe:
         rate: The learning rate, after a warm-up; a cosine takes it to zero.
         average: Decay of the moving average of the weights, which is what is kept.
         together: Networks trained in one loop.
+        same_data: All networks get the images of the first: they differ in initial weights, draws and their order only.
     """
 
     networks: int
@@ -42,6 +43,7 @@ class Recipe:
     rate: float
     average: float
     together: int
+    same_data: bool = False
 
     @property
     def training_draws(self) -> float:
@@ -58,6 +60,8 @@ class Problem(ABC):
 
     name: str
     recipe: Recipe
+    rows: int  # in a network call
+    vmapped: bool  # whether several networks are called at once
     scheduler: DDIMScheduler
 
     def __init__(self, recipe: Recipe | None = None) -> None:
@@ -98,6 +102,8 @@ class Sines(Problem):
     """x_j = sin(2π j/10 + φ) + 0.1 z_j with a random phase φ, ten numbers (Time series as in FLARE, arXiv 2602.09170)."""
 
     name = "sines"
+    rows = 20_000
+    vmapped = True
     recipe = Recipe(networks=48, size=2000, steps=6000, batch=256, rate=3e-3, average=0.999, together=48)
 
     def __init__(self, recipe: Recipe | None = None) -> None:
@@ -114,7 +120,7 @@ class Sines(Problem):
         return {"images": waves + 0.1 * torch.randn(count, 10, generator=generator)}
 
     def data(self, number: int) -> dict[str, Tensor]:
-        return self._waves(self.recipe.size, 1 + number)
+        return self._waves(self.recipe.size, 1 if self.recipe.same_data else 1 + number)
 
     def heldout(self, count: int) -> dict[str, Tensor]:
         return self._waves(count, 0)
@@ -129,7 +135,9 @@ class Fashion(Problem):
     """
 
     name = "fashion"
-    recipe = Recipe(networks=12, size=4000, steps=1000, batch=64, rate=2e-3, average=0.99, together=1)
+    rows = 100
+    vmapped = False
+    recipe = Recipe(networks=12, size=4000, steps=500, batch=64, rate=2e-3, average=0.99, together=2)
 
     def __init__(self, recipe: Recipe | None = None, folder: Path = FASHION) -> None:
         super().__init__(recipe)
@@ -149,6 +157,7 @@ class Fashion(Problem):
         if self._train is None:
             self._train = fashion_mnist(self.folder, "train")
         images, labels = self._train
+        number = 0 if self.recipe.same_data else number
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
         chosen = order[number * self.recipe.size :][: self.recipe.size]
         if len(chosen) < self.recipe.size:

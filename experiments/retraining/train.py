@@ -20,6 +20,8 @@ from experiments.retraining.problems import Problem
 
 WARMUP = 100
 
+Weights = dict[str, Tensor]
+
 
 def rate(step: int, steps: int) -> float:
     """Factor of the learning rate: a linear warm-up, then a cosine to zero."""
@@ -43,16 +45,18 @@ def kept(folder: Path, problem: Problem, number: int) -> dict[str, Tensor] | Non
 
 def _identity(problem: Problem) -> dict[str, float]:
     """Of a recipe: what makes a network what it is."""
-    return {k: v for k, v in asdict(problem.recipe).items() if k not in ("networks", "together")}
+    recipe = {k: v for k, v in asdict(problem.recipe).items() if k not in ("networks", "together")}
+    return recipe if recipe.pop("same_data") is False else {**recipe, "same_data": True}
 
 
-def train(problem: Problem, folder: Path, most: int | None = None) -> int:
-    """Train networks that are missing, ``most`` of them; returns how many still are."""
+def train(problem: Problem, folder: Path, rounds: int | None = None) -> int:
+    """Train networks that are missing, in ``rounds`` rounds of some at once; returns how many still are missing."""
     folder.mkdir(parents=True, exist_ok=True)
     missing = [k for k in range(problem.recipe.networks) if kept(folder, problem, k) is None]
-    now = missing[:most]
-    for first in range(0, len(now), problem.recipe.together):
-        numbers = now[first : first + problem.recipe.together]
+    together = problem.recipe.together
+    now = missing if rounds is None else missing[: rounds * together]
+    for first in range(0, len(now), together):
+        numbers = now[first : first + together]
         for number, weights in zip(numbers, trained(problem, numbers), strict=True):
             with atomic_path(folder / f"network-{number:02d}.safetensors") as path:
                 save_file(weights, path, {"recipe": json.dumps(_identity(problem))})
@@ -60,7 +64,10 @@ def train(problem: Problem, folder: Path, most: int | None = None) -> int:
 
 
 def trained(problem: Problem, numbers: list[int]) -> list[dict[str, Tensor]]:
-    """The averaged weights of these networks; each has data, initial weights and draws of its own, whatever is trained beside it."""
+    """The averaged weights of these networks.
+
+    Each has data, initial weights and draws of its own, whatever is trained beside it.
+    """
     recipe, scheduler = problem.recipe, problem.scheduler
     networks = []
     for number in numbers:
@@ -79,15 +86,17 @@ def trained(problem: Problem, numbers: list[int]) -> list[dict[str, Tensor]]:
     generators = [torch.Generator().manual_seed(7_000_003 * (1 + number)) for number in numbers]
     optimizer = torch.optim.AdamW(weights.values(), lr=recipe.rate, betas=(0.9, 0.99), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, recipe.steps))
+    shape = data["images"].shape[2:]
     for step in (bar := tqdm(range(recipe.steps), desc=f"networks {numbers[0]}–{numbers[-1]}", mininterval=10)):
         rows, t, noise = (
-            torch.stack(x) for x in zip(*[_draw(g, recipe.batch, recipe.size, data["images"].shape[2:]) for g in generators], strict=True)
+            torch.stack(x)
+            for x in zip(*[_draw(g, recipe.batch, recipe.size, shape) for g in generators], strict=True)
         )  # fmt: skip
         batch = {k: torch.stack([v[r] for v, r in zip(values, rows, strict=True)]) for k, values in data.items()}
         clean = batch.pop("images")
         pair = noised(scheduler, clean.flatten(0, 1), noise.flatten(0, 1), t.flatten())
         noisy, wanted = (x.float().view(clean.shape) for x in pair)
-        output = _outputs(network, weights, noisy, t, batch)
+        output = _outputs(problem, network, weights, noisy, t, batch)
         loss = (output - wanted).square().flatten(1).mean(1)
         optimizer.zero_grad()
         loss.sum().backward()
@@ -109,16 +118,21 @@ def _draw(generator: torch.Generator, batch: int, size: int, shape: torch.Size) 
 
 
 def _outputs(
-    network: nn.Module, weights: dict[str, Tensor], noisy: Tensor, t: Tensor, batch: dict[str, Tensor]
+    problem: Problem, network: nn.Module, weights: Weights, noisy: Tensor, t: Tensor, batch: Weights
 ) -> Tensor:
     """Outputs of all networks, each on its own rows."""
 
-    def one(w: dict[str, Tensor], x: Tensor, t: Tensor, given: dict[str, Tensor]) -> Tensor:
+    def one(w: Weights, x: Tensor, t: Tensor, given: Weights) -> Tensor:
         return functional_call(network, w, (x, t), {**given, "return_dict": False})[0]
 
-    if len(noisy) == 1:
-        return one({k: w[0] for k, w in weights.items()}, noisy[0], t[0], {k: v[0] for k, v in batch.items()})[None]
-    return vmap(one)(weights, noisy, t, batch)
+    if problem.vmapped:
+        return vmap(one)(weights, noisy, t, batch)
+    return torch.stack(
+        [
+            one({k: w[i] for k, w in weights.items()}, noisy[i], t[i], {k: v[i] for k, v in batch.items()})
+            for i in range(len(noisy))
+        ]
+    )
 
 
 def network(problem: Problem, weights: dict[str, Tensor]) -> nn.Module:

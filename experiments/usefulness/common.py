@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Generator, Tensor, nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 from tqdm import tqdm
 
 import bayesdiff
@@ -70,7 +70,12 @@ def fashion(fit: int) -> tuple[Any, Any, bayesdiff.LaplacePosterior]:
     pipe, data = bayesdiff.zoo.load("fashion-ddpm")
     some = data.subset(slice(None, None, max(1, data.num_images // fit)))
     posterior = bayesdiff.fit(
-        pipe, some, dataset_size=data.dataset_size, training_draws=data.training_draws, generator=seeded(0), progress=False
+        pipe,
+        some,
+        dataset_size=data.dataset_size,
+        training_draws=data.training_draws,
+        generator=seeded(0),
+        progress=False,
     )
     return pipe, data, posterior
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 import bayesdiff
 from bayesdiff.calibration import RiskCoverage, Sparsification, Spearman
@@ -78,10 +78,12 @@ def run(folders: Folders, size: Size) -> list[dict[str, Any]]:
         assert torch.equal(output.output, samples[0])
         error = (samples[0] - pixels).abs()
         seeds = samples[1:].std(0)  # the judged sample is not among them
+        assert output.denoising_std is not None
         maps = {
             "weights (std)": output.std,
             "seed spread": seeds,
             "weights and seeds": (output.variance + seeds.square()).sqrt(),
+            "denoising spread, half way": output.denoising_std[size.steps // 2],
             "edges": edges(samples[0]),
             "brightness": samples[0],
             "chance": torch.rand(error.shape, generator=seeded(5)),
@@ -106,7 +108,9 @@ def run(folders: Folders, size: Size) -> list[dict[str, Any]]:
             whole = Spearman()
             whole.update(score, total)
             row["images_spearman"] = float(whole.compute())
-            row["ratio_rms"] = float(values[..., hidden].square().mean().sqrt() / error[..., hidden].square().mean().sqrt())
+            row["ratio_rms"] = float(
+                values[..., hidden].square().mean().sqrt() / error[..., hidden].square().mean().sqrt()
+            )
     return rows
 
 

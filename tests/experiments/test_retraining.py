@@ -17,6 +17,11 @@ from experiments.retraining.methods import Base, Sizes, seeded
 from experiments.retraining.problems import Sines
 from experiments.retraining.train import kept, train, trained
 
+#: Of networks that hardly learnt anything.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:A, the covariance of the scores", "ignore:the scores differ no more", "ignore:the network's response"
+)
+
 RECIPE = replace(Sines.recipe, networks=6, size=120, steps=40, batch=64, together=3)
 
 
@@ -26,21 +31,18 @@ def test_a_network_does_not_depend_on_what_is_trained_beside_it(tmp_path):
     for name, value in alone[0].items():
         torch.testing.assert_close(together[1][name], value, rtol=1e-4, atol=1e-5)
         assert not torch.allclose(together[0][name], value)
-    assert train(problem, tmp_path, most=2) == 4
+    assert train(problem, tmp_path, rounds=1) == 3
     first = (tmp_path / "network-00.safetensors").stat().st_mtime_ns
     assert train(problem, tmp_path) == 0
     assert (tmp_path / "network-00.safetensors").stat().st_mtime_ns == first
     torch.testing.assert_close(kept(tmp_path, problem, 2), alone[0], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.filterwarnings(
-    "ignore:A, the covariance of the scores", "ignore:the scores differ no more", "ignore:the network's response"
-)
 def test_retraining(tmp_path):
     problem = Sines(RECIPE)
     train(problem, tmp_path / "work")
     sizes = Sizes(images=60, draws=8, refits=4, subset=40, subsets=1, pairs=60)
-    rows = run(problem, tmp_path / "work", tmp_path / "out", sizes, (12, 6, 4), 1, 100, 3)
+    rows = run(problem, tmp_path / "work", tmp_path / "out", sizes, (12, 6, 4), 1, (100, 1), 3)
     result = json.loads((tmp_path / "out" / "results.json").read_text())
     assert result["settings"]["training_draws"] == 40 * 64 / 120
     at = {(r["place"], r["method"]): r for r in rows}
@@ -51,14 +53,16 @@ def test_retraining(tmp_path):
             assert row["log_correlation_se"] > 0 or math.isnan(row["log_correlation"]), (place, method, row)
     assert at["t=500", "sandwich"]["ratio"] < 1  # an untrained network spreads more than its head
     assert (tmp_path / "out" / "retraining.png").stat().st_size > 10_000
-    again = run(problem, tmp_path / "work", tmp_path / "out", sizes, (12, 6, 4), 1, 100, 3)  # what was judged is kept
+    again = run(
+        problem, tmp_path / "work", tmp_path / "out", sizes, (12, 6, 4), 1, (100, 1), 3
+    )  # what was judged is kept
     assert again == rows
 
 
 def test_gradients_and_draws_of_all_weights(tmp_path):
     """Against autograd, one row and one output at a time; and draws have the covariance H⁻¹."""
     problem = Sines(RECIPE)
-    train(problem, tmp_path, most=1)
+    train(problem, tmp_path, rounds=1)
     base = Base(problem, tmp_path, 0, Sizes(images=20, pairs=20))
     x, t, _, given = Points(problem, 3, 1, 2).noisy(500)
     indices = base.random_indices(30, 0)
