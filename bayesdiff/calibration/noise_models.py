@@ -39,6 +39,8 @@ LEVELS = (
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 #: A measured variance is no less than this share of the mean squared residual.
 FLOOR = 0.01
+#: Levels of noise are divided by their standard deviation, or by this where they are nearly one.
+NARROW = 0.05
 #: Least and most degrees of freedom.
 FREEDOM = (2.05, 200.0)
 
@@ -174,12 +176,12 @@ class LogLinear:
         mean, std = phi.mean(0), phi.std(0, correction=0)
         varies = std > 1e-6 * phi.abs().amax(0).clamp(min=1e-30)  # not the constant 1
         std = torch.where(varies, std, 1.0)
-        center = (float(sample.level.mean()), max(float(sample.level.std(correction=0)), 1e-9))
+        center = (float(sample.level.mean()), max(float(sample.level.std(correction=0)), NARROW))
         basis = _trend(sample.level, center)
         x = torch.cat([(phi - mean) / std * varies, basis], dim=1)
         penalty = torch.full((x.shape[1],), ridge * len(x), dtype=torch.float64, device=x.device)
-        penalty[-3:] = 1e-9 * len(x)
-        penalty[: len(std)] += 1e-9 * len(x)
+        penalty[-3] = 0  # the mean of log σ² is free
+        penalty += 1e-9 * len(x)
         factor = torch.linalg.cholesky(x.mT @ x / 2 + penalty.diag())
         theta = x.new_zeros(x.shape[1], square.shape[1])
         theta[-3] = square.mean(0).clamp(min=1e-30).log()
@@ -360,7 +362,7 @@ def _quantiles(z: Tensor, levels: Tensor) -> Tensor:
 
 
 def _trend(level: Tensor, center: tuple[float, float]) -> Tensor:
-    z = (level - center[0]) / center[1] if center[1] > 1e-9 else torch.zeros_like(level)
+    z = (level - center[0]) / center[1]
     return torch.stack([torch.ones_like(z), z, z.square()], dim=-1)
 
 

@@ -19,7 +19,7 @@ import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Protocol
 
 import torch
 import typer
@@ -28,7 +28,7 @@ from torch import Tensor
 
 import bayesdiff
 from bayesdiff.calibration.tweedie import clean_variance
-from bayesdiff.diffusion.parametrization import alpha_sigma, clean_coefficients, is_reversed, prediction_type
+from bayesdiff.diffusion.parametrization import alpha_sigma, clean_coefficients, is_flow, is_reversed, prediction_type
 from bayesdiff.fitting.regression import source_of
 from bayesdiff.io import write_figure
 from bayesdiff.rng import item_generator
@@ -36,6 +36,18 @@ from experiments.common import agreement, command, record, results_folder, table
 
 #: Rows in a network call.
 ROWS = 128
+
+
+class Denoises(Protocol):
+    """E[x_0 | x_t] of rows x, all with what belongs to one image; and the schedule."""
+
+    continuous: bool
+
+    def noise(self, t: float) -> tuple[float, float]:
+        """α and σ."""
+
+    def __call__(self, x: Tensor, t: float, of: int) -> Tensor:
+        """D, float64."""
 
 
 class Denoiser:
@@ -53,6 +65,7 @@ class Denoiser:
         )
         self.conditioning = {k: v for k, v in data.items() if k != "images"}
         self.clean = self.source.clean(data["images"], self.conditioning).mean
+        self.continuous = is_flow(self.source.scheduler)
 
     def noise(self, t: float) -> tuple[float, float]:
         """α and σ."""
@@ -77,39 +90,40 @@ class Denoiser:
             out.append(a * part.double() + b * output.double())
         return torch.cat(out)
 
-    def samples(self, x: Tensor, t: float, of: int, number: int, steps: int, seed: int) -> Tensor:
-        """``number`` clean samples from one x_t."""
-        x = x.expand(number, *x.shape[1:]).double()
-        times = torch.linspace(t, 0, steps + 1, dtype=torch.float64)
-        times = times.round() if not self.source.timesteps(times).is_floating_point() else times
-        times = times.unique().flip(0)
-        generator = item_generator(seed, of, round(t))
-        denoised = self(x, float(times[0]), of)
-        for now, then in zip(times[:-1].tolist(), times[1:].tolist(), strict=True):
-            (alpha, sigma), (alpha_s, sigma_s) = self.noise(now), self.noise(then)
-            ratio = alpha / alpha_s
-            left = sigma**2 - ratio**2 * sigma_s**2
-            mean = ratio * sigma_s**2 / sigma**2 * x + alpha_s * left / sigma**2 * denoised
-            std = (left * sigma_s**2 / sigma**2) ** 0.5
-            x = mean + std * torch.randn(x.shape, generator=generator, dtype=torch.float64)
-            if sigma_s == 0:
-                return x
-            denoised = self(x, then, of)
-        return denoised
 
-    def identity(self, x: Tensor, t: float, of: int) -> Tensor:
-        """(σ²/α) ∂D_i/∂x_i at one x_t, shaped as a sample."""
-        number = x[0].numel()
-        step = float(torch.finfo(torch.float32).eps ** 0.5 * x.norm())
-        base = self(x, t, of).flatten()
-        slopes = []
-        for places in torch.arange(number).split(ROWS):
-            moved = x.flatten(1).double().repeat(len(places), 1)
-            moved[torch.arange(len(places)), places] += step
-            ends = self(moved.view(-1, *x.shape[1:]), t, of).flatten(1)
-            slopes.append((ends[torch.arange(len(places)), places] - base[places]) / step)
-        alpha, sigma = (torch.tensor(v, dtype=torch.float64) for v in self.noise(t))
-        return clean_variance(alpha, sigma, torch.cat(slopes)).view(x.shape[1:])
+def clean_samples(d: Denoises, x: Tensor, t: float, of: int, number: int, steps: int, seed: int) -> Tensor:
+    """``number`` clean samples from one x_t."""
+    x = x.expand(number, *x.shape[1:]).double()
+    times = torch.linspace(t, 0, steps + 1, dtype=torch.float64)
+    times = (times if d.continuous else times.round()).unique().flip(0)
+    generator = item_generator(seed, of, round(t))
+    denoised = d(x, float(times[0]), of)
+    for now, then in zip(times[:-1].tolist(), times[1:].tolist(), strict=True):
+        (alpha, sigma), (alpha_s, sigma_s) = d.noise(now), d.noise(then)
+        ratio = alpha / alpha_s
+        left = sigma**2 - ratio**2 * sigma_s**2
+        mean = ratio * sigma_s**2 / sigma**2 * x + alpha_s * left / sigma**2 * denoised
+        std = (left * sigma_s**2 / sigma**2) ** 0.5
+        x = mean + std * torch.randn(x.shape, generator=generator, dtype=torch.float64)
+        if sigma_s == 0:
+            return x
+        denoised = d(x, then, of)
+    return denoised
+
+
+def identity(d: Denoises, x: Tensor, t: float, of: int) -> Tensor:
+    """(σ²/α) ∂D_i/∂x_i at one x_t, shaped as a sample."""
+    number = x[0].numel()
+    step = float(torch.finfo(torch.float32).eps ** 0.5 * x.norm())
+    base = d(x, t, of).flatten()
+    slopes = []
+    for places in torch.arange(number).split(ROWS):
+        moved = x.flatten(1).double().repeat(len(places), 1)
+        moved[torch.arange(len(places)), places] += step
+        ends = d(moved.view(-1, *x.shape[1:]), t, of).flatten(1)
+        slopes.append((ends[torch.arange(len(places)), places] - base[places]) / step)
+    alpha, sigma = (torch.tensor(v, dtype=torch.float64) for v in d.noise(t))
+    return clean_variance(alpha, sigma, torch.cat(slopes)).view(x.shape[1:])
 
 
 def main(
@@ -157,11 +171,11 @@ def main(
         t = times[n]
         for i in range(trajectories):
             x = run.trajectory[n - 1].mean[i : i + 1]  # after the step before: what call n is given
-            drawn = denoiser.samples(x, t, i, samples, ancestral, seed + 1)
-            spread, identity = drawn.var(0), denoiser.identity(x, t, i)
+            drawn = clean_samples(denoiser, x, t, i, samples, ancestral, seed + 1)
+            spread = drawn.var(0)
             halves = [h.var(0) for h in drawn.chunk(2)]
             half = agreement(halves[0].clamp(min=1e-12).sqrt(), halves[1].clamp(min=1e-12).sqrt())["log_correlation"]
-            ways = {"identity": identity, "map": run.denoising[n][i].double()}
+            ways = {"identity": identity(denoiser, x, t, i), "map": run.denoising[n][i].double()}
             for name, variance in ways.items():
                 used = (variance > 0) & (spread > 0)
                 found = agreement(variance[used].sqrt(), spread[used].sqrt())

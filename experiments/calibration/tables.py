@@ -1,0 +1,106 @@
+"""Writes the tables of docs/calibration.md from the results files.
+
+    python -m experiments.calibration.tables
+
+What stands between ``<!-- table: NAME -->`` and ``<!-- end -->`` is replaced.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from bayesdiff.calibration.report import DEFAULT
+from experiments.common import RESULTS
+
+PAGE = Path("docs/calibration.md")
+MODELS = ("fashion-ddpm", "fashion-4step", "earth-sd", "earth-sd3")
+MARKED = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def markdown(head: list[str], rows: list[list[str]]) -> str:
+    """A table of Markdown."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def read(experiment: str, model: str) -> dict[str, Any] | None:
+    """A results file, or None where there is none yet."""
+    path = RESULTS / experiment / model / "results.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def methods(model: str) -> str:
+    """Worst deviations of coverage and mean scores of all methods, of one model."""
+    found = read("calibration", model)
+    if found is None:
+        return "Not run yet.\n"
+    results, settings = found["results"], found["settings"]
+    levels = [f"{100 * p:.0f}" for p in results["levels"]]
+    rows = [
+        [
+            f"**{r['method']}**" if r["method"] == DEFAULT else r["method"],
+            *(f"{r[f'worst_{p}']:+.1f} ± {r[f'error_{p}']:.1f}" for p in levels),
+            "yes" if r["within"] else "no", f"{r['nll']:.4g}", f"{r['crps']:.3g}", f"{r['ence']:.2g}",
+        ]
+        for r in results["bars"]
+    ]  # fmt: skip
+    head = ["method", *(f"{p} %" for p in levels), "within the bar", "NLL", "CRPS", "ENCE"]
+    bins = len({r["t_low"] for r in results["rows"]})
+    said = (
+        f"`{model}`, {bins} {'timesteps' if settings['timesteps'] else 'bins of t'}; noise models fitted to "
+        f"{results['fitted_on']} held-out images, all judged on {results['judged_on']} others.\n\n"
+    )
+    return said + markdown(head, rows)
+
+
+def shipped(_: str) -> str:
+    """The recommended noise model by bins of t, for all models: coverage minus nominal at each level."""
+    rows = []
+    for model in MODELS:
+        found = read("calibration", model)
+        for r in found["results"]["rows"] if found else ():
+            if r["method"] == DEFAULT:
+                off = [100 * (c - p) for c, p in zip(r["coverage"], found["results"]["levels"], strict=True)]
+                where = f"{r['t_low']:.0f}" if r["t_low"] == r["t_high"] else f"{r['t_low']:.0f}–{r['t_high']:.0f}"
+                rows.append([
+                    model, where, *(f"{o:+.1f}" for o in off), f"{r['nll']:.3f}", f"{r['ence']:.2f}",
+                    f"{r['squared_residual']:.2g}", f"{r['weights_share']:.1g}",
+                ])  # fmt: skip
+    head = ["model", "t", "50 %", "80 %", "90 %", "95 %", "NLL", "ENCE", "squared residual", "share of the weights"]
+    return markdown(head, rows) if rows else "Not run yet.\n"
+
+
+def spread(model: str) -> str:
+    """The Tweedie map against samples, of one model."""
+    found = read("tweedie_check", model)
+    if found is None:
+        return "Not run yet.\n"
+    settings = found["settings"]
+    rows = [
+        [
+            f"{r['t']:.0f}", r["way"], f"{r['log_correlation']:.3f} ± {r.get('log_correlation_error', 0):.3f}",
+            f"{r['ceiling']:.3f}", f"{r['ratio']:.2f} ± {r.get('ratio_error', 0):.2f}", f"{r['negative']:.1%}", f"{r['std']:.3f}",
+        ]
+        for r in found["results"]["summary"]
+    ]  # fmt: skip
+    said = f"`{model}`, {settings['trajectories']} trajectories, {settings['samples']} samples of each x_t.\n\n"
+    return said + markdown(
+        ["t", "from", "log-correlation of std", "ceiling", "variance / samples'", "negative", "std"], rows
+    )
+
+
+def written(page: str) -> str:
+    """The page with its tables made anew."""
+
+    def table(match: re.Match[str]) -> str:
+        kind, _, model = match[2].partition("-of-")
+        return match[1] + {"methods": methods, "shipped": shipped, "spread": spread}[kind](model) + match[3]
+
+    return MARKED.sub(table, page)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(written(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
