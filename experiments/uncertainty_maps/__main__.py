@@ -1,12 +1,14 @@
 r"""Three variances side by side, and numbers that add up: ``python -m experiments.uncertainty_maps``.
 
-The gallery shows, along one DDIM run of ``fashion-ddpm`` and at its end: what the weights leave open (tangents), what the data leave
-open at each x_t (Tweedie, from the same tangents), and how samples of other seeds spread. The conditional task is inpainting, the
-lower half of held-out images hidden. S seeds are crossed with K draws of the head's weights, whole trajectories each, and
+The gallery shows, along one DDIM run of ``fashion-ddpm`` and at its end: what the weights leave open (tangents), what the
+data leave open at each x_t (Tweedie, from the same tangents), and how samples of other seeds spread. The conditional task
+is inpainting, the lower half of held-out images hidden. S seeds are crossed with K draws of the head's weights, whole
+trajectories each, and
 
 .. math:: \operatorname{Var}[x] = \mathrm E_s\operatorname{Var}_w[x] + \operatorname{Var}_s \mathrm E_w[x]
 
-holds to the last digit for population variances over the grid. :math:`E_s Var_w` is what tangents estimate without the grid.
+holds to the last digit for population variances over the grid. :math:`E_s Var_w` is what tangents estimate without the
+grid.
 """
 
 from __future__ import annotations

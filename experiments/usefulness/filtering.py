@@ -1,11 +1,12 @@
 """Make 1.2 times as many images, drop the worst by a score: is what is left better than what chance leaves?
 
 The protocol of DIFF-UQ (De Vita & Belagiannis 2025) at a small size: Fréchet distance, precision and recall against
-Fashion-MNIST's test images, in the 32 features of a classifier trained on the data. Chance is the mean over many random drops of the same number,
-so a row says how far a score is from chance, seed by seed. A second use of the same scores: images that the classifier takes
-for another class than was asked for.
+Fashion-MNIST's test images, in the 32 features of a classifier trained on the data. Chance is the mean over many random
+drops of the same number, so a row says how far a score is from chance, seed by seed. A second use of the same scores:
+images that the classifier takes for another class than was asked for.
 
-The semantic score is the variance of those features: the sampler and the classifier are one function, so it costs the same run.
+The semantic score is the variance of those features: the sampler and the classifier are one function, so it costs the same
+run.
 """
 
 from __future__ import annotations
