@@ -26,7 +26,7 @@ SIZES = {
     "sines": Sizes(
         images=2000, draws_per_image=16, draws=256, refits=40, subset=500, subsets=4, pairs=4000, whole=True
     ),
-    "fashion": Sizes(images=1000, draws=48, refits=24, subset=500, subsets=2, pairs=1000),
+    "fashion": Sizes(images=1000, draws=32, refits=24, subset=500, subsets=2, pairs=1000),
 }
 #: Held-out images, initial noises, DDIM steps; base networks; images and noises of the loss gap; draws of an image in refits.
 POINTS = {"sines": (200, 200, 50), "fashion": (48, 16, 25)}

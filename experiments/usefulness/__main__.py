@@ -30,7 +30,7 @@ PARTS: dict[str, Callable[[Folders, Size], list[dict[str, Any]]]] = {
 SIZES = {
     "ood": Size(images=300),
     "restoration": Size(images=288),
-    "filtering": Size(images=240, seeds=5, steps=10, draws=48),
+    "filtering": Size(images=120, seeds=5, steps=10, draws=48),
     "prompts": Size(images=240, seeds=3, steps=10, draws=48),
 }
 COLUMNS = {

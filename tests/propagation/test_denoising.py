@@ -33,7 +33,9 @@ def test_it_is_that_of_gaussian_data_where_every_direction_is_measured():
             truth = network.variance(t).view(SHAPE).expand(2, *SHAPE)
             torch.testing.assert_close(out.denoising[n].double(), truth, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(out.denoising_std[-1], out.denoising[-1].sqrt())
-    unknown = bd.propagate(sample, network, posterior, x, propagation=bd.Tangents(draws=16, refresh=1, num_directions=8))
+    unknown = bd.propagate(
+        sample, network, posterior, x, propagation=bd.Tangents(draws=16, refresh=1, num_directions=8)
+    )
     assert unknown.denoising_std is None  # no schedule
     ensemble = bd.propagate(sample, network, posterior, x, propagation=bd.Ensemble(members=2))
     assert ensemble.denoising is ensemble.denoising_std is None
