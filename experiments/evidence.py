@@ -67,6 +67,36 @@ def gaps(problem: str) -> str:
     return markdown(head_line, lines)
 
 
+def factors(_: str) -> str:
+    """A factor by t found on the sines, and what it makes of the other problem."""
+    found = [read(f"retraining/{problem}") for problem in ("sines", "fashion")]
+    if None in found:
+        return "Not run yet.\n"
+    sines, fashion = (
+        {r["place"]: r for r in f["results"]["agreement"] if r["method"] == "sandwich"} for f in found if f is not None
+    )
+    lines = [
+        [
+            place.replace("=", " = "), number(1 / r["ratio"], None, 1), number(fashion[place]["ratio"]),
+            number(fashion[place]["ratio"] / r["ratio"]),
+        ]
+        for place, r in sines.items()
+    ]  # fmt: skip
+    return markdown(["", "factor found on sines", "fashion: head / truth", "fashion, times the factor"], lines)
+
+
+def shares(_: str) -> str:
+    """The default's ratio on all problems."""
+    lines, places = [], []
+    for problem in ("sines", "fashion"):
+        found = read(f"retraining/{problem}")
+        if found is not None:
+            rows = [r for r in found["results"]["agreement"] if r["method"] == "sandwich"]
+            places = [r["place"].replace("=", " = ") for r in rows]
+            lines.append([problem, *(number(r["ratio"], r["ratio_se"]) for r in rows)])
+    return markdown(["", *places], lines) if lines else "Not run yet.\n"
+
+
 def part(name: str, columns: dict[str, str], digits: int = 3) -> Callable[[str], str]:
     """A part of the usefulness; ``columns`` are keys and headings, and a key with a standard error has both in one cell."""
 
@@ -134,6 +164,8 @@ TABLES: dict[str, Callable[[str], str]] = {
     "correlation": retraining("log_correlation"),
     "ranks": retraining("rank_of_sums"),
     "gap": gaps,
+    "factor": factors,
+    "share": shares,
     "ood": outside,
     "restoration": part(
         "restoration",

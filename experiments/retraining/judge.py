@@ -187,7 +187,7 @@ def kept_or_judged(
     folder: Path,
     sizes: Sizes,
     others: Sequence[int],
-    gap_size: int,
+    gap_size: tuple[int, int],
     refit_draws: int,
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """:func:`judged`, from its file if there is one of the same settings."""

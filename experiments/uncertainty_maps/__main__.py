@@ -135,7 +135,7 @@ def plot(along: dict[str, Any], total: dict[str, Any]) -> Figure:
     steps = len(along["rows"])
     shown = sorted({round(i * (steps - 1) / 4) for i in range(5)})
     figure = Figure(figsize=(13, 7), layout="constrained")
-    left, right = figure.subfigures(1, 2, width_ratios=(1.5, 1))
+    left, right = figure.subfigures(1, 2, width_ratios=(1.5, 1), squeeze=False)[0]
     axes = left.subplots(4, len(shown) + 1)
     first = axes[0]
     for axis in axes.flat:

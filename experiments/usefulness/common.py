@@ -167,10 +167,10 @@ class Classifier(nn.Module):
 
     def features(self, images: Tensor) -> Tensor:
         """``(B, 32)`` of images in [−1, 1]."""
-        return self.body(images)  # type: ignore[no-any-return]
+        return self.body(images)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.last(self.features(images))  # type: ignore[no-any-return]
+        return self.last(self.features(images))
 
 
 def classifier(folders: Folders, epochs: float = 2.0) -> Classifier:
