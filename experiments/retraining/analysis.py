@@ -17,7 +17,7 @@ SPLITS = 40
 METHODS = (
     "other networks, same data",
     "sandwich", "sandwich, as shipped", "sandwich × loss gap", "sandwich, held-out images", "GGN", "diagonal EF", "random subset",
-    "bootstrap refits of the head", "head refitted on the others' data", "all weights, GGN", "all weights, sandwich",
+    "bootstrap refits of the head", "head refitted on the others' data", "all weights, GGN",
 )  # fmt: skip
 
 

@@ -161,7 +161,6 @@ def judged(
     if sizes.whole:
         everything = torch.arange(sum(w.numel() for w in base.weights.values()))
         drawn("all weights, GGN", base.subset(everything, sizes.draws, 60))
-        drawn("all weights, sandwich", base.whole_sandwich(sizes.draws, 70))
     return maps, {"gap": gaps, "noise_variance": base.posterior.noise_variance.tolist()}
 
 

@@ -6,8 +6,6 @@ All head methods draw (C, D) heads; the others draw some or all weights of the n
     A Laplace approximation with the whole GGN of these weights, :math:`H = \frac{NM}{n}\sum J^\top J/\sigma_t^2 + \tau I`, after
     FLARE (arXiv 2602.09170), which takes 40 % of the weights by chance and a unit noise variance; here the noise variances are
     those of the head's posterior and NM draws are counted, so that sizes can be compared. τ is MacKay's fixed point.
-``all weights, sandwich``
-    :math:`H^{-1}(\sum_i g_i g_i^\top)H^{-1}` of all weights, equal weights over t.
 """
 
 from __future__ import annotations
@@ -222,8 +220,8 @@ class Base:
         noise = self.posterior.noise_variance
         return noise[(t * len(noise) / 1000).long().clamp(max=len(noise) - 1)]
 
-    def curvature(self, indices: Tensor, seed: int, weighted: bool) -> Tensor:
-        """Mean over draws of JᵀJ (/σ_t²): exact for outputs of ≤ 16 numbers, by two random probes of each draw for more."""
+    def curvature(self, indices: Tensor, seed: int) -> Tensor:
+        """Mean over draws of JᵀJ/σ_t²: exact for outputs of ≤ 16 numbers, by two random probes of each draw for more."""
         total = torch.zeros(len(indices), len(indices))
         count = 0
         data = {k: v[: self.sizes.pairs] for k, v in self.data.items()}
@@ -237,8 +235,7 @@ class Base:
                 else:
                     probes = torch.randn((len(rows), 2, *shape), generator=seeded(seed + 7919 * (count + 1))) / 2**0.5
                 g = self._gradients(x[rows], t[rows], {k: v[rows] for k, v in given.items()}, probes, indices)
-                if weighted:
-                    g = g / self.noise_of(t[rows]).sqrt().float()[:, None, None]
+                g = g / self.noise_of(t[rows]).sqrt().float()[:, None, None]
                 total += g.flatten(0, 1).T @ g.flatten(0, 1)
                 count += len(rows)
         return total.double() / count
@@ -246,7 +243,7 @@ class Base:
     def subset(self, indices: Tensor, draws: int, seed: int) -> list[Weights]:
         """Draws of a Laplace approximation of some weights with their whole GGN."""
         count = self.problem.recipe.size * self.problem.recipe.training_draws
-        values, vectors = torch.linalg.eigh(self.curvature(indices, seed, True) * count)
+        values, vectors = torch.linalg.eigh(self.curvature(indices, seed) * count)
         values = values.clamp(min=0)  # of a matrix of squares: rounding
         flat = self._flat()
         tau = _evidence_prior(values, flat[indices])
@@ -264,27 +261,6 @@ class Base:
     def random_indices(self, number: int, seed: int) -> Tensor:
         total = sum(w.numel() for w in self.weights.values())
         return torch.randperm(total, generator=seeded(seed))[:number].sort().values
-
-    def whole_sandwich(self, draws: int, seed: int) -> list[Weights]:
-        """Draws of the sandwich of all weights: the estimator's covariance, were the network at its minimum."""
-        indices = torch.arange(sum(w.numel() for w in self.weights.values()))
-        per_image = 8
-        scores = []
-        for x, t, wanted, given in self._steps(self.data, per_image, seed + 2):
-            _, output = self.observed(x, t, given)
-            g = self._gradients(x, t, given, (wanted - output)[:, None], indices)[:, 0]
-            scores.append(g.unflatten(0, (-1, per_image)).mean(1))
-        g = torch.cat(scores).double()
-        recipe = self.problem.recipe
-        gram = self.curvature(indices, seed, False)
-        values, vectors = torch.linalg.eigh(gram)
-        noise = float(self.posterior.noise_variance.mean())
-        tau = _evidence_prior(values.clamp(min=0) * recipe.size * recipe.training_draws / noise, self._flat()) * noise
-        tau = tau / (recipe.size * recipe.training_draws)
-        inverse = (vectors / (values.clamp(min=0) + tau)) @ vectors.T
-        root = (g - g.mean(0)) @ inverse / len(g) ** 0.5 / recipe.size**0.5  # (n, P): Σ = rootᵀ root
-        z = orthogonal_normal((draws, len(root)), seeded(seed + 3))
-        return self._moved(z @ root, indices)
 
 
 def _evidence_prior(values: Tensor, weights: Tensor) -> float:

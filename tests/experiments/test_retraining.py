@@ -41,7 +41,7 @@ def test_a_network_does_not_depend_on_what_is_trained_beside_it(tmp_path):
 def test_retraining(tmp_path):
     problem = Sines(RECIPE)
     train(problem, tmp_path / "work")
-    sizes = Sizes(images=60, draws=8, refits=4, subset=40, subsets=1, pairs=60)
+    sizes = Sizes(images=60, draws=8, refits=4, subset=40, subsets=1, pairs=60, whole=False)
     rows = run(problem, tmp_path / "work", tmp_path / "out", sizes, (12, 6, 4), 1, (100, 1), 3)
     result = json.loads((tmp_path / "out" / "results.json").read_text())
     assert result["settings"]["training_draws"] == 40 * 64 / 120
@@ -50,7 +50,7 @@ def test_retraining(tmp_path):
         for method in ("sandwich", "GGN", "random subset", "bootstrap refits of the head", "sandwich × loss gap"):
             row = at[place, method]
             assert row["ratio"] >= 0
-            assert row["log_correlation_se"] > 0 or math.isnan(row["log_correlation"]), (place, method, row)
+            assert row.get("log_correlation_se", 1) > 0, (place, method, row)
     assert at["t=500", "sandwich"]["ratio"] < 1  # an untrained network spreads more than its head
     assert (tmp_path / "out" / "retraining.png").stat().st_size > 10_000
     again = run(
@@ -73,7 +73,7 @@ def test_gradients_and_draws_of_all_weights(tmp_path):
         grads = torch.autograd.grad(output[row, j], list(weights.values()), retain_graph=True)
         expected = torch.cat([g.flatten() for g in grads])[indices]
         torch.testing.assert_close(found[row, j], expected, rtol=1e-4, atol=1e-6)
-    curvature = base.curvature(indices, 5, True) * problem.recipe.size * problem.recipe.training_draws
+    curvature = base.curvature(indices, 5) * problem.recipe.size * problem.recipe.training_draws
     drawn = torch.stack([torch.cat([w.flatten() for w in d.values()])[indices] for d in base.subset(indices, 30, 5)])
     covariance = (drawn - base._flat()[indices]).double()
     covariance = covariance.T @ covariance / 30  # 30 orthogonal draws of 30 numbers: exact

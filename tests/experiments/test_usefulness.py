@@ -20,9 +20,12 @@ from experiments.usefulness.common import Folders, Size, edges, frechet, precisi
 
 #: Far too little of everything.
 pytestmark = pytest.mark.filterwarnings(
-    "ignore:A, the covariance of the scores", "ignore:the scores differ no more", "ignore:the network's response"
+    "ignore:A, the covariance of the scores",
+    "ignore:the scores differ no more",
+    "ignore:the network's response",
+    "ignore:.* of the recursion's variances are negative",
 )
-SIZE = Size(images=12, seeds=2, steps=3, fit=24, draws=8)
+SIZE = Size(images=12, seeds=2, steps=3, fit=12, draws=8)
 
 
 @pytest.fixture(scope="module")
