@@ -151,8 +151,8 @@ def compare(
     if not isinstance(inputs, Tensor):
         raise ArgumentError(f"expected features of bayesdiff.features, or a tensor, got {type(features).__name__}")
     check_int("repeats", repeats, least=1)
-    for n in draws:
-        check_int("draws", n, least=2)
+    for number in draws:
+        check_int("draws", number, least=2)
     if not len(links):
         raise ArgumentError("expected at least one link, got none")
     chosen = [find_link(one) for one in links]

@@ -287,4 +287,5 @@ def name(scale: str, shape: str) -> str:
 
 def _flat(rows: Observed, prediction: Prediction, known: Tensor) -> tuple[Prediction, Tensor, Tensor]:
     image = rows.image.view(-1, *(1,) * (rows.residual.ndim - 1)).expand(rows.residual.shape)
-    return prediction, rows.residual[known], image[known.cpu()]
+    moved = Prediction(prediction.location.cpu(), prediction.scale.cpu(), prediction.shape)
+    return moved, rows.residual[known].cpu(), image[known.cpu()]

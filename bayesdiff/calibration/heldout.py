@@ -8,6 +8,7 @@ At a few numbers of each sample the response ∂f/∂x is measured, too: one cal
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from bayesdiff.calibration.tweedie import target_variance
-from bayesdiff.checks import EmptyDataError, UnsupportedPipelineError
+from bayesdiff.checks import BayesdiffWarning, EmptyDataError, UnsupportedPipelineError
 from bayesdiff.data import ImageData
 from bayesdiff.diffusion.noising import noised
 from bayesdiff.diffusion.parametrization import alpha_sigma, is_flow, is_reversed, prediction_type
@@ -28,6 +29,8 @@ from bayesdiff.rng import item_generator
 
 #: Added to α and σ in a level, which is finite then.
 LEAST = 0.01
+#: Rounding of a network's outputs above which differences of them are not to be trusted.
+COARSE = 1e-5
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,11 @@ class HeldOut:
         if not self.batches:
             raise EmptyDataError("expected held-out images, got none")
         self.total = training_timesteps(source.scheduler)
+        if probes and torch.finfo(self.dtype).eps > COARSE:
+            warnings.warn(
+                f"responses are differences of network outputs, which {self.dtype} makes rough: Tweedie's variance is not to be "
+                'trusted here; evaluate in float32, or leave "tweedie" out of the scales', BayesdiffWarning, stacklevel=3,
+            )  # fmt: skip
 
     def __len__(self) -> int:
         """The number of images."""
@@ -135,9 +143,11 @@ class HeldOut:
             slopes = _slopes(output, moved, at, step[which])
             if is_reversed(scheduler):
                 slopes = -slopes
-            columns = (v[which, None].to(slopes) for v in (alpha, sigma))
-            variance = torch.full_like(output, float("nan"))
-            variance.flatten(1).scatter_(1, at, target_variance(prediction_type(scheduler), *columns, slopes))
+            measured = target_variance(
+                prediction_type(scheduler), alpha[which, None].to(slopes), sigma[which, None].to(slopes), slopes
+            )
+            flat = torch.full((len(which), output[0].numel()), float("nan"), dtype=output.dtype, device=output.device)
+            variance = flat.scatter_(1, at, measured).view(output.shape)
             image = first + rows[which]
             # The fold is linear, so it scales a variance once; of ones it makes that scale.
             parts = (target[which] - output, variance, torch.ones_like(output))

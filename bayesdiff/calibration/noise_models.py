@@ -211,7 +211,8 @@ class LogLinear:
         return cls(weights, trend, center, ridge)
 
     def of_rows(self, geometry: HeadGeometry, rows: Observed) -> Tensor:
-        eta = geometry.apply(rows.inputs.double(), self.weights[None].to(rows.inputs.device))[0]
+        x = rows.inputs.to(torch.promote_types(rows.inputs.dtype, torch.float32))
+        eta = geometry.apply(x, self.weights[None].to(x))[0].double()
         shift = _trend(rows.level, self.center) @ self.trend.cpu().mT
         shape = (len(shift), -1, *(1,) * (eta.ndim - 2)) if geometry.kind == "conv" else (
             len(shift), *(1,) * (eta.ndim - 2), -1

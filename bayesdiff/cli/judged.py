@@ -65,6 +65,8 @@ def opened(o: JudgeOptions) -> Opened:
     for name in ("images", "size"):
         if getattr(o, name) is not None:
             check_int(f"--{name}", getattr(o, name), least=1)
+    if o.data is not None and o.images is not None:
+        raise ArgumentError("expected --images without --data: it is for the images that ship with a model, got both")
     show.check_seed(o.seed)
     check_choice("--dtype", o.dtype, options.DTYPES)
     where = show.chosen_device(o.device)
@@ -79,8 +81,6 @@ def opened(o: JudgeOptions) -> Opened:
     if o.data is not None:
         frame = framing_of(pipe, denoiser(pipe), o.size, None, o.convert)
         source: Any = open_images(o.data, o.prompt, frame, names=known_classes(pipe))
-        if o.images is not None and o.images < len(source):
-            raise ArgumentError(f"expected --images for the data that ship with a model, got it beside --data {o.data}")
     else:
         source = shipped.heldout.subset(slice(o.images))
     check_output_folder(o.out)

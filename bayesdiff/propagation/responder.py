@@ -12,6 +12,7 @@ Each branch has its own response within the directions, and the combination's ou
 from __future__ import annotations
 
 import bisect
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -280,7 +281,8 @@ class Responder:
 
     def diagonals(self) -> dict[int, Tensor]:
         """The diagonal of the combination's response at each measurement, ``(B, P)``, once all are made."""
-        spans = self._spans or [None] * len(next(iter(self._responses.values()), []))
+        parts = next(iter(self._responses.values()), [])
+        spans: Sequence[Span | None] = self._spans or [None] * len(parts)
         return {
             n: torch.cat([r.diagonal(None if s is None else s.basis) for r, s in zip(parts, spans, strict=True)])
             for n, parts in self._responses.items()

@@ -60,10 +60,10 @@ def shipped(_: str) -> str:
     """The recommended noise model by bins of t, for all models: coverage minus nominal at each level."""
     rows = []
     for model in MODELS:
-        found = read("calibration", model)
-        for r in found["results"]["rows"] if found else ():
+        results = (read("calibration", model) or {"results": {"rows": (), "levels": ()}})["results"]
+        for r in results["rows"]:
             if r["method"] == DEFAULT:
-                off = [100 * (c - p) for c, p in zip(r["coverage"], found["results"]["levels"], strict=True)]
+                off = [100 * (c - p) for c, p in zip(r["coverage"], results["levels"], strict=True)]
                 where = f"{r['t_low']:.0f}" if r["t_low"] == r["t_high"] else f"{r['t_low']:.0f}–{r['t_high']:.0f}"
                 rows.append([
                     model, where, *(f"{o:+.1f}" for o in off), f"{r['nll']:.3f}", f"{r['ence']:.2f}",

@@ -78,7 +78,7 @@ def test_a_log_linear_variance_is_found_again() -> None:
     # The same numbers position by position as row by row.
     again = model.of_sample(sample(other))
     flat = found.flatten(2).mT.reshape(-1, 2)
-    torch.testing.assert_close(again.sort(0).values, flat.sort(0).values, rtol=1e-5, atol=0)
+    torch.testing.assert_close(again.sort(0).values, flat.sort(0).values, rtol=1e-4, atol=0)
 
 
 def test_fisher_scoring_reaches_the_minimum() -> None:
