@@ -67,6 +67,36 @@ def gaps(problem: str) -> str:
     return markdown(head_line, lines)
 
 
+def origins(problem: str) -> str:
+    """What of the spread is of the data: all of it minus that of networks which saw the same data."""
+    found = read(f"retraining/{problem}")
+    if found is None:
+        return "Not run yet.\n"
+    results = found["results"]
+    same, head = (
+        {r["place"]: r for r in results["agreement"] if r["method"] == m}
+        for m in ("other networks, same data", "sandwich")
+    )
+    lines = []
+    for place, row in same.items():
+        total, left = results["variance_of_retrained"][place], 1 - row["ratio"]
+        own = [r for r in results["loss_gap"] if f"t={r['t']}" == place]
+        half = sum(r["gap"] for r in own) / len(own) / 2 / total if own else None
+        error = sum(r["se"] ** 2 for r in own) ** 0.5 / len(own) / 2 / total if own else None
+        lines.append([
+            place.replace("=", " = "), number(row["ratio"], row["ratio_se"]), number(left, row["ratio_se"]),
+            number(half, error), number(head[place]["ratio"], head[place]["ratio_se"]),
+        ])  # fmt: skip
+    head_line = [
+        "share of all",
+        "other seeds, same data",
+        "so left for the data",
+        "half of the loss gap",
+        "the head's sandwich",
+    ]
+    return markdown(head_line, lines)
+
+
 def factors(_: str) -> str:
     """A factor by t found on the sines, and what it makes of the other problem."""
     found = [read(f"retraining/{problem}") for problem in ("sines", "fashion")]
@@ -165,6 +195,7 @@ TABLES: dict[str, Callable[[str], str]] = {
     "ranks": retraining("rank_of_sums"),
     "gap": gaps,
     "factor": factors,
+    "origin": origins,
     "share": shares,
     "ood": outside,
     "restoration": part(

@@ -20,7 +20,7 @@ from experiments.retraining.analysis import rows_of
 from experiments.retraining.judge import TIMESTEPS, Points, kept_or_judged, retrained
 from experiments.retraining.methods import Sizes
 from experiments.retraining.problems import FASHION, Fashion, Problem, Sines
-from experiments.retraining.train import kept, train
+from experiments.retraining.train import train
 
 SIZES = {
     "sines": Sizes(
@@ -31,6 +31,7 @@ SIZES = {
 #: Held-out images, initial noises, DDIM steps; base networks; images and noises of the loss gap; draws of an image in refits.
 POINTS = {"sines": (200, 200, 50), "fashion": (48, 16, 25)}
 BASES: dict[str, int] = {"sines": 3, "fashion": 2}
+TWINS: dict[str, int] = {"sines": 24, "fashion": 6}
 GAP, DRAWS = {"sines": (2000, 32), "fashion": (4000, 1)}, {"sines": 768, "fashion": 8}
 
 
@@ -39,7 +40,9 @@ def main(
     data: Annotated[Path, typer.Option(help="Folder with Fashion-MNIST's four .gz files.")] = FASHION,
     work: Annotated[Path | None, typer.Option(help="Trained networks; those there are not trained again.")] = None,
     rounds: Annotated[int | None, typer.Option("--train", help="Rounds of training; judge if none is left.")] = None,
+    twins: Annotated[int | None, typer.Option(help="Networks of one data set; 24 of sines, 6 of fashion.")] = None,
     base: Annotated[int | None, typer.Option(help="Judge this network only, keep what it found, and stop.")] = None,
+    bases: Annotated[int | None, typer.Option(help="Networks whose posteriors are judged.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the results.")] = None,
 ) -> None:
     """Train the networks that are missing, then judge."""
@@ -48,13 +51,13 @@ def main(
     chosen: Problem = Sines() if problem == "sines" else Fashion(folder=data)
     work = work or Path("build/retraining") / problem
     left = train(chosen, work, rounds)
-    if problem == "sines" and not left:
-        twins = replace(chosen.recipe, networks=24, together=24, same_data=True)
-        train(Sines(twins), work / "same_data")
     if left:
         print(f"{left} networks are still to be trained")
         return
-    run(chosen, work, out, SIZES[problem], POINTS[problem], BASES[problem], GAP[problem], DRAWS[problem], base)
+    number = TWINS[problem] if twins is None else twins
+    if number:
+        train(chosen.of_one_data_set(number), work / "same_data", rounds)
+    run(chosen, work, out, SIZES[problem], POINTS[problem], bases or BASES[problem], GAP[problem], DRAWS[problem], base)
 
 
 def run(
@@ -81,9 +84,9 @@ def run(
     if only is not None:
         return []
     networks = retrained(places, work)
-    twins = type(problem)(replace(problem.recipe, networks=24, same_data=True)) if isinstance(problem, Sines) else None
-    if twins is not None and kept(work / "same_data", twins, 0) is not None:
-        of_seeds = retrained(replace(places, problem=twins), work / "same_data")
+    seen = sorted((work / "same_data").glob("network-*.safetensors"))
+    if seen:
+        of_seeds = retrained(replace(places, problem=problem.of_one_data_set(len(seen))), work / "same_data")
         for maps, _ in found:
             maps |= {f"other networks, same data|{place}": v.var(0) for place, v in of_seeds.items()}
     rows = rows_of(networks, [m for m, _ in found])
@@ -105,7 +108,8 @@ def run(
     write_figure(folder / "retraining.png", plot(rows))
     settings = {
         "problem": problem.name, "recipe": asdict(problem.recipe), "training_draws": problem.recipe.training_draws,
-        "sizes": asdict(sizes), "heldout_images": points[0], "noises": points[1], "ddim_steps": points[2], "bases": bases,
+        "sizes": asdict(sizes), "heldout_images": points[0], "noises": points[1], "ddim_steps": points[2],
+        "bases": len(found), "networks_of_one_data_set": len(seen),
         "gap_images_and_noises": gap, "draws_in_refits": draws, "weights": sum(p.numel() for p in problem.build().parameters()),
         "seconds_of_the_judge": round(time.perf_counter() - started, 1), "command": command("retraining"),
     }  # fmt: skip

@@ -6,9 +6,10 @@ spread over networks is of everything that a training draws: data, noise, order,
 
 from __future__ import annotations
 
+import copy
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -66,6 +67,12 @@ class Problem(ABC):
 
     def __init__(self, recipe: Recipe | None = None) -> None:
         self.recipe = recipe or self.recipe
+
+    def of_one_data_set(self, networks: int) -> Problem:
+        """The same problem, all of whose networks get the first one's images."""
+        other = copy.copy(self)
+        other.recipe = replace(self.recipe, networks=networks, same_data=True)
+        return other
 
     @abstractmethod
     def build(self) -> nn.Module:

@@ -41,6 +41,7 @@ def test_a_network_does_not_depend_on_what_is_trained_beside_it(tmp_path):
 def test_retraining(tmp_path):
     problem = Sines(RECIPE)
     train(problem, tmp_path / "work")
+    train(problem.of_one_data_set(3), tmp_path / "work" / "same_data")
     sizes = Sizes(images=60, draws=8, refits=4, subset=40, subsets=1, pairs=60, whole=False)
     rows = run(problem, tmp_path / "work", tmp_path / "out", sizes, (12, 6, 4), 1, (100, 1), 3)
     result = json.loads((tmp_path / "out" / "results.json").read_text())
@@ -51,6 +52,7 @@ def test_retraining(tmp_path):
             row = at[place, method]
             assert row["ratio"] >= 0
             assert row.get("log_correlation_se", 1) > 0, (place, method, row)
+    assert at["t=500", "other networks, same data"]["ratio"] > 0.3
     assert at["t=500", "sandwich"]["ratio"] < 1  # an untrained network spreads more than its head
     assert (tmp_path / "out" / "retraining.png").stat().st_size > 10_000
     again = run(
