@@ -15,7 +15,7 @@ import typer
 from matplotlib.figure import Figure
 
 from bayesdiff.io import write_figure
-from experiments.common import command, record, results_folder, table
+from experiments.common import record, results_folder, table
 from experiments.retraining.analysis import rows_of
 from experiments.retraining.judge import TIMESTEPS, Points, kept_or_judged, retrained
 from experiments.retraining.methods import Sizes
@@ -111,7 +111,7 @@ def run(
         "sizes": asdict(sizes), "heldout_images": points[0], "noises": points[1], "ddim_steps": points[2],
         "bases": len(found), "networks_of_one_data_set": len(seen),
         "gap_images_and_noises": gap, "draws_in_refits": draws, "weights": sum(p.numel() for p in problem.build().parameters()),
-        "seconds_of_the_judge": round(time.perf_counter() - started, 1), "command": command("retraining"),
+        "seconds_of_the_judge": round(time.perf_counter() - started, 1), "command": f"python -m experiments.retraining --problem {problem.name} --bases {len(found)}",
     }  # fmt: skip
     record(folder, settings, {"agreement": rows, "loss_gap": gaps, "variance_of_retrained": truth})
     print(f"Written to {folder}")

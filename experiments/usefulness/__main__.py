@@ -17,7 +17,7 @@ import typer
 from matplotlib.figure import Figure
 
 from bayesdiff.io import write_figure
-from experiments.common import command, record, results_folder, table
+from experiments.common import record, results_folder, table
 from experiments.usefulness import filtering, ood, prompts, restoration
 from experiments.usefulness.common import Folders, Size
 
@@ -72,7 +72,7 @@ def main(
         results[name] = PARTS[name](folders, size)
         print(table(results[name], COLUMNS[name]), flush=True)
         settings[name] = {
-            **asdict(size), "seconds": round(time.perf_counter() - started, 1), "command": command("usefulness"),
+            **asdict(size), "seconds": round(time.perf_counter() - started, 1), "command": f"python -m experiments.usefulness --only {name}",
         }  # fmt: skip
         record(folder, settings, results)
         write_figure(folder / f"{name}.png", plot(name, results[name]))
