@@ -110,8 +110,10 @@ def run(
         "problem": problem.name, "recipe": asdict(problem.recipe), "training_draws": problem.recipe.training_draws,
         "sizes": asdict(sizes), "heldout_images": points[0], "noises": points[1], "ddim_steps": points[2],
         "bases": len(found), "networks_of_one_data_set": len(seen),
-        "gap_images_and_noises": gap, "draws_in_refits": draws, "weights": sum(p.numel() for p in problem.build().parameters()),
-        "seconds_of_the_judge": round(time.perf_counter() - started, 1), "command": f"python -m experiments.retraining --problem {problem.name} --bases {len(found)}",
+        "gap_images_and_noises": gap, "draws_in_refits": draws,
+        "weights": sum(p.numel() for p in problem.build().parameters()),
+        "seconds_of_the_judge": round(time.perf_counter() - started, 1),
+        "command": f"python -m experiments.retraining --problem {problem.name} --bases {len(found)}",
     }  # fmt: skip
     record(folder, settings, {"agreement": rows, "loss_gap": gaps, "variance_of_retrained": truth})
     print(f"Written to {folder}")
