@@ -72,7 +72,8 @@ def main(
         results[name] = PARTS[name](folders, size)
         print(table(results[name], COLUMNS[name]), flush=True)
         settings[name] = {
-            **asdict(size), "seconds": round(time.perf_counter() - started, 1), "command": f"python -m experiments.usefulness --only {name}",
+            **asdict(size), "seconds": round(time.perf_counter() - started, 1),
+            "command": f"python -m experiments.usefulness --only {name}",
         }  # fmt: skip
         record(folder, settings, results)
         write_figure(folder / f"{name}.png", plot(name, results[name]))
