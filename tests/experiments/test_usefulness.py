@@ -1,0 +1,119 @@
+"""The uses of a map, small; and what they are measured by."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+
+import bayesdiff
+from experiments import evidence
+from experiments.train_fashion_ddpm.train import fashion_mnist
+from experiments.uncertainty_maps import __main__ as uncertainty_maps
+from experiments.usefulness import __main__ as usefulness
+from experiments.usefulness import common, filtering, ood, restoration
+from experiments.usefulness.common import Folders, Size, edges, frechet, precision_recall, seeded
+
+#: Far too little of everything.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:A, the covariance of the scores",
+    "ignore:the scores differ no more",
+    "ignore:the network's response",
+    "ignore:.* of the recursion's variances are negative",
+)
+SIZE = Size(images=12, seeds=2, steps=3, fit=12, draws=8)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> Folders:
+    """Some of Fashion-MNIST in its own files."""
+    folder: Path = tmp_path_factory.mktemp("fashion")
+    _, data = bayesdiff.zoo.load("fashion-ddpm")
+    for split, part in (("train", data), ("t10k", data.heldout)):
+        images = ((part.images[:, 0] + 1) * 127.5).round().to(torch.uint8).numpy()
+        labels = part.labels.to(torch.uint8).numpy()
+        for name, array in (("images-idx3", images), ("labels-idx1", labels)):
+            head = b"\x00\x00\x08" + bytes([array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape)
+            with gzip.open(folder / f"{split}-{name}-ubyte.gz", "wb") as file:
+                file.write(head + array.tobytes())
+    assert fashion_mnist(folder, "t10k")[0].shape == (1000, 28, 28)
+    return Folders(folder, None, None, folder / "work")
+
+
+def test_distances():
+    made = torch.randn(4000, 3, generator=seeded(0), dtype=torch.float64) * torch.tensor([1.0, 2.0, 0.5]) + 1
+    exact = 3 + sum((a - 1) ** 2 for a in (1, 2, 0.5))  # of commuting covariances: Σ (σ − σ')²
+    assert frechet(made, torch.zeros(3).double(), torch.eye(3).double()) == pytest.approx(exact, rel=0.05)
+    real = torch.randn(200, 3, generator=seeded(1))
+    assert precision_recall(real, real) == (1, 1)
+    precision, recall = precision_recall(real[:50] * 0.01, real)
+    assert precision == 1
+    assert recall < 0.1
+    ramp = torch.arange(8.0).expand(1, 1, 8, 8)
+    torch.testing.assert_close(edges(ramp)[..., 1:-1], torch.ones(1, 1, 8, 6))
+
+
+def test_auroc_of_a_score():
+    a, b = torch.randn(400, generator=seeded(0)), torch.randn(400, generator=seeded(1)) + 1
+    found = ood.auroc(a, b)
+    assert found["auroc"] == pytest.approx(float((b[None] > a[:, None]).float().mean()), abs=1e-4)
+    assert 0.01 < found["auroc_se"] < 0.03
+
+
+def test_what_is_known_stays():
+    """Inpainting keeps the upper half, super-resolution the means of 4 × 4 pixels."""
+    pipe, data, _ = common.fashion(SIZE.fit)
+    held = data.heldout.subset(slice(2))
+    for task in restoration.TASKS:
+        with torch.no_grad():
+            made = restoration.sampler(pipe, task, held.images, held.labels, 2, 0)(torch.randn(2, 1, 28, 28))
+        truth = (held.images + 1) / 2
+        if task == "inpainting":
+            torch.testing.assert_close(made[..., :14, :], truth[..., :14, :])
+            assert not torch.allclose(made[..., 14:, :], truth[..., 14:, :], atol=0.01)
+        else:
+            pool = torch.nn.functional.avg_pool2d
+            torch.testing.assert_close(pool(made, 4), pool(truth, 4), rtol=1e-4, atol=1e-5)
+
+
+def test_usefulness(tmp_path, monkeypatch, folders):
+    monkeypatch.setattr(usefulness, "SIZES", dict.fromkeys(usefulness.PARTS, SIZE))
+    monkeypatch.setitem(usefulness.PARTS, "ood", ood.of_fashion)
+    monkeypatch.setitem(usefulness.PARTS, "filtering", lambda f, s: filtering.run(f, s, ("bayesdiff",)))
+    monkeypatch.setattr(filtering, "classifier", lambda f: common.classifier(f, 1.0))
+    monkeypatch.setattr(restoration, "SPREAD", 3)
+    for only in (["ood"], ["restoration", "filtering"]):
+        usefulness.main(only=only, data=folders.fashion, work=folders.work, out=tmp_path)
+    results = json.loads((tmp_path / "results.json").read_text())["results"]
+    assert set(results) == {"ood", "restoration", "filtering"}
+    rows = {(r["set"], r["score"]): r for r in results["ood"]}
+    assert rows["negative", "brightness"]["auroc"] > 0.9  # the control sees what it should
+    maps = {(r["task"], r["map"]): r for r in results["restoration"]}
+    assert abs(maps["inpainting", "chance"]["aurg"]) < 0.2
+    assert maps["inpainting", "weights (std)"]["ause"] > 0
+    kept = {(r["score"], r["measure"]): r for r in results["filtering"]}
+    assert kept["weights: semantic", "Fréchet distance"]["value"] > 0
+    assert kept["BayesDiff: total variance", "precision"]["seeds"] == 2
+    assert all((tmp_path / f"{name}.png").stat().st_size > 10_000 for name in results)
+
+
+def test_uncertainty_maps(tmp_path):
+    uncertainty_maps.main(steps=3, seeds=3, draws=3, images=2, fit=SIZE.fit, out=tmp_path)
+    results = json.loads((tmp_path / "results.json").read_text())["results"]
+    share = {r["part"]: r["share"] for r in results["total_variance"]}
+    assert share["their sum"] == pytest.approx(1, abs=1e-12)
+    assert 0 < share["weights, mean over seeds"] < 0.5
+    assert results["tangents"]["ratio"] == pytest.approx(1, abs=0.5)
+    assert (tmp_path / "uncertainty_maps.png").stat().st_size > 10_000
+
+
+def test_tables_of_the_pages(tmp_path, monkeypatch):
+    """A table that is not run yet says so; all markers of the pages are known."""
+    monkeypatch.setattr(evidence, "RESULTS", tmp_path)
+    for page in evidence.PAGES:
+        text = evidence.written(page.read_text(encoding="utf-8"))
+        assert "Not run yet." in text or "<!-- table" not in text
