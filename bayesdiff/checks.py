@@ -66,6 +66,10 @@ class ShapeError(BayesdiffError, ValueError):
     """A tensor has the wrong shape."""
 
 
+class UnequalTangentsError(ShapeError):
+    """An operation was given tensors with different numbers of tangents."""
+
+
 class ArgumentError(BayesdiffError, ValueError):
     """An argument is outside what it may be."""
 

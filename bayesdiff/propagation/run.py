@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from bayesdiff.checks import (
     BayesdiffWarning,
     NonFiniteError,
+    UnequalTangentsError,
     UnsupportedPipelineError,
     UnsupportedSchedulerError,
     check_finite,
@@ -154,8 +155,16 @@ class UncertainRun:
         decoded = self.session.decoded()
         variance, factors, first = torch.zeros(()), [], torch.zeros(())
         for draws in run.chunks(decoded=decoded):
+            before = list(along)
             samples.clear()
-            again = run.carry(draws, self.again(on_step))
+            try:
+                again = run.carry(draws, self.again(on_step))
+            except UnequalTangentsError:
+                if run.every or not decoded:
+                    raise
+                run.every, along = True, before
+                samples.clear()
+                again = run.carry(draws, self.again(on_step))
             found = returned(again, self.session.trace)
             check_finite("results", found.value, "the function itself returns them")
             if draws.start == 0:

@@ -84,6 +84,8 @@ class TangentRun:
         self._beside: list[str] = []  # modules whose output must enter the network beside the sample
         self._second = False
         self._draws = slice(None)
+        #: Whether a decoder is called for every draw: where what it returns meets what did not pass through it.
+        self.every = False
 
     @property
     def responder(self) -> Responder:
@@ -271,7 +273,7 @@ class TangentRun:
     def _decode(self, n: int, entered: Entered) -> list[Tensor]:
         """Tangents behind a decoder: of every draw, or of principal directions and mixtures of the rest."""
         rows, number = entered.rows.double(), self.settings.decoder_calls
-        every = number >= rows.shape[1]
+        every = self.every or number >= rows.shape[1]
         if not every:
             rows = torch.cat([reduced(r, number, item_generator(1, n)) for r in rows.split(1)])
         norm = rows.square().sum(2, keepdim=True).sqrt()

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
 
-from bayesdiff.checks import ArgumentError, ShapeError, UnsupportedPipelineError, check_int
+from bayesdiff.checks import ArgumentError, ShapeError, UnequalTangentsError, UnsupportedPipelineError, check_int
 from bayesdiff.tracing.derivatives import (
     Call,
     Op,
@@ -333,7 +333,9 @@ class DualNumbers(TorchFunctionMode):
         lengths = {t.shape[0] for t in call.tangents.values()}
         if len(lengths) > 1:
             name = getattr(call.func, "__name__", repr(call.func))
-            raise ShapeError(f"expected the same number of tangents for all arguments of {name}, got {sorted(lengths)}")
+            raise UnequalTangentsError(
+                f"expected the same number of tangents for all arguments of {name}, got {sorted(lengths)}"
+            )
         result: Any = NotImplemented
         if op.rule is not None:
             with contextlib.suppress(RuntimeError, NotImplementedError, IndexError):  # the general way will say why
@@ -521,7 +523,9 @@ class DualNumbers(TorchFunctionMode):
             entry = self._register(storage, _Shadow(data, None, x.dtype))
         s = entry.shadow
         if s.data.shape[0] != length:
-            raise ShapeError(f"expected {s.data.shape[0]} tangents, as the memory that is written to has, got {length}")
+            raise UnequalTangentsError(
+                f"expected {s.data.shape[0]} tangents, as the memory that is written to has, got {length}"
+            )
         if s.shared:
             s.data, s.free, s.shared = s.data.clone(), None if s.free is None else s.free.clone(), False
         if free and s.free is None:

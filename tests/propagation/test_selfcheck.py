@@ -136,3 +136,33 @@ def test_a_decoder_behind_the_last_call_is_checked_at_its_input(network, posteri
     with pytest.raises(UnsupportedPipelineError, match="relative difference"):
         bd.propagate(broken, network, posterior, x(), propagation=bd.Tangents(draws=4))
     assert find_head(network).path == "conv_out"
+
+
+@pytest.mark.parametrize("form", ["cat", "written"])
+def test_what_passed_a_decoder_beside_what_did_not(network, posterior, form):
+    """Then the decoder is measured for every draw."""
+
+    class Decoder(nn.Module):
+        def forward(self, z):
+            return z.flatten(1).tanh().cumsum(1)[:, ::4]
+
+    decoder, run = Decoder(), sampler(network)
+
+    def both(x):
+        z = run(x)
+        if form == "cat":
+            return torch.cat([z.flatten(1), decoder(z)], 1)
+        out = z.new_zeros(len(z), 80)
+        out[:, :64] = z.flatten(1)
+        out[:, 64:] = decoder(z)
+        return out
+
+    settings = bd.Tangents(draws=6, decoder_calls=2, trajectory=False)
+    out = bd.propagate(both, network, posterior, x(), propagation=settings)
+    alone = bd.propagate(run, network, posterior, x(), propagation=settings)
+    every = bd.propagate(
+        lambda x: decoder(run(x)), network, posterior, x(), propagation=bd.Tangents(draws=6, decoder_calls=6)
+    )
+    torch.testing.assert_close(out.std[:, :64], alone.std.flatten(1))
+    torch.testing.assert_close(out.std[:, 64:], every.std)
+    assert out.other_calls > every.other_calls
