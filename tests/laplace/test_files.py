@@ -238,6 +238,7 @@ class Watch:
 
     def __init__(self):
         self.folder, self.seen = None, []
+        str(torch.zeros(1))  # PyTorch imports some of itself when a tensor is first written out, as messages do
         sys.addaudithook(self.hook)  # for the rest of the process, quiet but in a block
 
     def hook(self, event, args):
