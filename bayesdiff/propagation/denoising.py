@@ -18,7 +18,8 @@ from torch import Tensor
 class Denoising:
     """A sequence: item n is the variance at network call n, ``(B, …)`` float32, in the network's space squared.
 
-    Variances may be negative where the response is not known well, or the network is no conditional expectation.
+    Variances may be negative where the response is not known well, or the network is no conditional expectation. They are NaN
+    at a call whose input is pure noise (α = 0, where flows begin): 0/0, the variance of the data themselves.
 
     Args:
         nodes: Diagonals of the response of √α D at the calls that were measured, ``(R, B, …)`` float32.

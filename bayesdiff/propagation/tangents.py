@@ -21,6 +21,7 @@ The function is run several times; but for measurements, only the first run call
 from __future__ import annotations
 
 import bisect
+import math
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -137,7 +138,8 @@ class TangentRun:
                 return None
             alpha, sigma = noise
             share = module.responder.weights(n)
-            weights.append([share.get(m, 0.0) * sigma**2 / (alpha * scale_of(alpha)) for m in nodes])
+            size = sigma**2 / (alpha * scale_of(alpha)) if alpha > 0 else math.nan  # of pure noise: nothing is known
+            weights.append([share.get(m, 0.0) * size for m in nodes])
         stacked = torch.stack([diagonals[m].float() for m in nodes])
         return Denoising(stacked.unflatten(2, module.sample), torch.tensor(weights, dtype=torch.float64))
 

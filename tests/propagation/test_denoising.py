@@ -9,6 +9,7 @@ import bayesdiff as bd
 from bayesdiff.propagation.response import Directions, Response, smoothed
 from bayesdiff.propagation.span import Span
 from tests.calibration.gaussian import SHAPE, call, made
+from tests.pipelines.build import CASES
 
 
 def test_it_is_that_of_gaussian_data_where_every_direction_is_measured():
@@ -80,3 +81,13 @@ def test_a_pipeline_has_it_at_every_call(shipped, guidance_scale):
     means = out.denoising_std.mean((1, 2, 3, 4))
     assert float(means[2]) > 2 * float(means[-1])  # less and less is open
     assert len(list(out.denoising)) == len(out.denoising) == 8
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_flow_begins_at_pure_noise_of_which_nothing_is_known():
+    pipe = next(c for c in CASES if c.name == "sd3").make()
+    images = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    posterior = bd.fit(pipe, images, ["a coast"] * 3, progress=False)
+    out = bd.UncertaintyPipeline(pipe, posterior)("a coast", num_inference_steps=3, guidance_scale=1.0)
+    assert bool(out.denoising_std[0].isnan().all())
+    assert bool((out.denoising_std[1:] >= 0).all())
