@@ -25,6 +25,7 @@ from torch import Generator, Tensor
 from bayesdiff.checks import (
     ArgumentError,
     HeadMismatchError,
+    NotPositiveDefiniteError,
     ShapeError,
     check_choice,
     check_finite,
@@ -254,11 +255,17 @@ class LaplacePosterior:
         check_positive("temperature", temperature)
         if rank is not None:
             check_int("rank", rank, least=1)
-        parts = cut(statistics, mean, **settings)
-        sigma = build(
-            settings["structure"], settings["covariance"], parts["precision"], parts.pop("scores"), parts["prior_precision"],
-            rank, tolerance,
-        )  # fmt: skip
+        try:
+            parts = cut(statistics, mean, **settings)
+            sigma = build(
+                settings["structure"], settings["covariance"], parts["precision"], parts.pop("scores"), parts["prior_precision"],
+                rank, tolerance,
+            )  # fmt: skip
+        except torch.linalg.LinAlgError as error:
+            raise NotPositiveDefiniteError(
+                "expected sums whose eigenvalues can be found in float64, got sums so ill-conditioned that they cannot; look at "
+                "the features, some are larger than others by many powers of ten"
+            ) from error
         return cls(
             mean, statistics.geometry, settings["structure"], settings["covariance"], sigma, num_timesteps=num_timesteps,
             head_path=head_path, rank=rank, tolerance=tolerance, temperature=temperature, statistics=statistics, network=network,
