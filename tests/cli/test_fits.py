@@ -185,7 +185,7 @@ def test_a_posterior_is_not_replaced_unasked(saved, tmp_path):
 
 
 def test_data_that_do_not_fit_the_model(saved, tmp_path):
-    out = ("--out", tmp_path / "out")
+    out = ("--out", tmp_path / "out", "--overwrite")
     images(tmp_path / "plain")
     text, classes = ("fit", "--model", saved("sd-ddim-guided"), *out), ("fit", "--model", saved("dit-ddim"), *out)
     fails(invoke(*text, "--data", tmp_path / "plain"), 2, "expected prompts for StableDiffusionPipeline")
