@@ -261,7 +261,7 @@ class LaplacePosterior:
                 settings["structure"], settings["covariance"], parts["precision"], parts.pop("scores"), parts["prior_precision"],
                 rank, tolerance,
             )  # fmt: skip
-        except torch.linalg.LinAlgError as error:
+        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
             raise NotPositiveDefiniteError(
                 "expected sums whose eigenvalues can be found in float64, got sums so ill-conditioned that they cannot; look at "
                 "the features, some are larger than others by many powers of ten"
