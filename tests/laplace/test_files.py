@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import json
 import os
@@ -197,9 +198,9 @@ def mutated_json(rng, text):
         elif kind < 0.3:
             where[rng.choice(["x", "sigma.rest", "sketch", "weights"])] = where.pop(key)
         elif kind < 0.4 and isinstance(where[key], list) and where[key]:
-            where[key][rng.randrange(len(where[key]))] = rng.choice(STRANGE)
+            where[key][rng.randrange(len(where[key]))] = copy.deepcopy(rng.choice(STRANGE))
         else:
-            where[key] = rng.choice(STRANGE)
+            where[key] = copy.deepcopy(rng.choice(STRANGE))
         if not meta:
             break
     return meta
