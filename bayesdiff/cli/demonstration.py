@@ -20,6 +20,8 @@ from bayesdiff.pipeline import UncertaintyPipeline
 from bayesdiff.propagation.settings import Ensemble, Tangents
 from bayesdiff.rng import item_generator
 
+#: So many of the shipped images are fitted to, each as often as the training drew it.
+IMAGES = 1000
 DEMO_CLASSES = ("sneaker", "shirt", "bag", "trouser")
 
 
@@ -42,7 +44,7 @@ def run_demo(
 
     seconds: dict[str, float] = {}
     with show.timed(seconds, "fit"):
-        laplace = show.fit_shipped(pipe, data.subset(slice(images)), seed)
+        laplace = show.fit_shipped(pipe, data.subset(slice(images or IMAGES)), seed)
 
     def run(call: Callable[..., Any]) -> Any:
         return call(indices, num_inference_steps=steps, generator=show.seeded(seed, len(indices)))
@@ -71,7 +73,7 @@ def run_demo(
     record = {
         "settings": {
             "model": "fashion-ddpm", "classes": names, "steps": steps, "num_tangents": num_tangents,
-            "ensemble": ensemble, "images": images or data.num_images, "seed": seed, "scheduler": "ddim",
+            "ensemble": ensemble, "images": images or IMAGES, "seed": seed, "scheduler": "ddim",
         },
         "posterior": show.describe(laplace),
         "network_calls": calls,

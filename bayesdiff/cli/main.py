@@ -320,7 +320,7 @@ def demo(
     num_tangents: Annotated[int, typer.Option(help="K, weight draws of the tangents.")] = 64,
     ensemble: Annotated[int, typer.Option(help="M, trajectories of the ensemble.")] = 24,
     images: Annotated[
-        int | None, typer.Option(help="Fit to the first so many images only.", show_default=False)
+        int | None, typer.Option(help="Fit to the first so many images; by default 1,000.", show_default=False)
     ] = None,
     seed: Seed = 0,
     device: Device = None,
