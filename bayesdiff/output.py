@@ -19,30 +19,28 @@ class UncertaintyOutput:
 
     Args:
         output: What the function or pipe returned, whole and unchanged.
-        variance: Over the posterior of the weights, shaped as the main result (``(B, C, H, W)`` for images, ``(B, F, C, H,
-        W)``
-            for frames: channels where PyTorch has them), float32, in the square of its units (pixels: 0–1), before the last
-            clamp. Those of BayesDiff's recursion can be negative.
+        variance: Over the posterior of the weights, shaped as the main result (``(B, C, H, W)`` for images,
+            ``(B, F, C, H, W)`` for frames: channels where PyTorch has them), float32, in the square of its units (pixels: 0–1),
+            before the last clamp. Those of BayesDiff's recursion can be negative.
         calls: Network calls in all, the plain run's included; one on G times the batch counts as G.
         plain_calls: The plain run's own.
         other_calls: Evaluations of other modules (a VAE's decoder, a ControlNet) beyond the plain run's.
         latents: A pipeline's last sample and its variance (0 where that is negative), in the network's space. The mean is the
-            pipe's own for tangents, the members' mean for ensembles, the recursion's E[x] for BayesDiff. None outside a
-            pipeline.
+            pipe's own for tangents, the members' mean for ensembles, the recursion's E[x] for BayesDiff. None outside
+            a pipeline.
         steps: For each step of a pipeline's scheduler, what it is given (guided) and its variance, which is the closed form
             wherever that is a weighted sum of the network's outputs, and else an estimate from the draws.
         exact_steps: For each step, whether its variance is the closed form.
         residual: For tangents, an estimate of the relative error that too few network calls make in the map, one number for
-        each
-            sample, from how well each measurement of the network's response is predicted by the others; above 0.5 there is a
-            warning. None for other methods, and with fewer than two measurements.
+            each sample, from how well each measurement of the network's response is predicted by the others; above 0.5 there
+            is a warning. None for other methods, and with fewer than two measurements.
         selfcheck: For tangents, the relative difference between them and two runs that were moved to both sides.
         trajectory: If asked for, the sample after each step and its variance, in the network's space.
         factors: If asked for, F ``(K, …)`` float32 in the units of the result: the covariance of any two of its numbers is
             :math:`\sum_k F_k F_k'`.
-        denoising: For tangents, what the *data* leave open at each network call, whatever the weights; see
-        :attr:`denoising_std`.
-            None for other methods, and where the schedule is not known.
+        denoising: For tangents, Var[x_0 | x_t] at each network call, what the *data* leave open whatever the weights, ``(B, …)``
+            each in the network's space squared (:class:`bayesdiff.propagation.denoising.Denoising`; :attr:`denoising_std`). None
+            for other methods, and where the schedule is not known.
     """
 
     output: Any

@@ -24,6 +24,7 @@ import torch
 from scipy.special import roots_hermitenorm
 from torch import Generator, Tensor
 
+from bayesdiff.calibration.report import aligned
 from bayesdiff.checks import ArgumentError, check_finite, check_int, check_output_folder
 from bayesdiff.fitting.one_step import Features
 from bayesdiff.gaussian import Gaussian
@@ -76,11 +77,7 @@ class Comparison:
             ]
             for r in self.rows
         ]  # fmt: skip
-        widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-        return "\n".join(
-            "  ".join(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
-            for line in lines
-        )
+        return aligned(lines, 2)
 
     def __str__(self) -> str:
         """The table and what it means."""

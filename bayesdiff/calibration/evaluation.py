@@ -21,11 +21,12 @@ from tqdm.auto import tqdm
 
 from bayesdiff.calibration.heldout import HeldOut, Observed, Times
 from bayesdiff.calibration.metrics import CRPS, ENCE, GaussianNLL, IntervalCoverage, Sharpness
-from bayesdiff.calibration.noise_models import SCALES, SHAPES, Noise, Sample, fit_noise
+from bayesdiff.calibration.noise_models import SCALES, Noise, Sample, fit_noise
 from bayesdiff.calibration.report import Report
+from bayesdiff.calibration.shape_fits import SHAPES
 from bayesdiff.calibration.shapes import Prediction
 from bayesdiff.checks import ArgumentError, EmptyDataError, check_choice, check_int
-from bayesdiff.data import framing_of, known_classes, open_images
+from bayesdiff.data import images_for
 from bayesdiff.fitting.by_call import Call
 from bayesdiff.fitting.regression import source_of
 from bayesdiff.laplace.posterior import LaplacePosterior
@@ -183,10 +184,9 @@ def evaluate(
         pipe_or_model, head=posterior.head_path, scheduler=scheduler, call=call, pipe_kwargs=pipe_kwargs, space=space,
         encode=encode,
     )  # fmt: skip
-    if space == "samples" and value_range is None:
-        value_range = "as-is"
-    framing = framing_of(pipe_or_model, source.network, size, value_range, convert)
-    data = open_images(images, prompts, framing, names=known_classes(pipe_or_model))
+    data = images_for(
+        pipe_or_model, source.network, images, prompts, space=space, size=size, value_range=value_range, convert=convert
+    )
     probes = settings.probes if "tweedie" in settings.scales else 0
     held = HeldOut(source, data, base_seed(generator), settings.batch_size, probes)
     if len(held) < LEAST:

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bayesdiff.calibration.tweedie import target_variance
 from bayesdiff.checks import BayesdiffWarning, EmptyDataError, UnsupportedPipelineError
 from bayesdiff.data import ImageData
 from bayesdiff.diffusion.noising import noised
 from bayesdiff.diffusion.parametrization import alpha_sigma, is_flow, is_reversed, prediction_type
+from bayesdiff.diffusion.tweedie import target_variance
 from bayesdiff.fitting.by_call import check_images
 from bayesdiff.fitting.regression import Source, training_timesteps
 from bayesdiff.fitting.samples import Clean

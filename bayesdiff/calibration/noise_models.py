@@ -1,7 +1,7 @@
 r"""What the data leave open: models of the variance of a training target about the network's output, given x_t.
 
     constant      one variance for all numbers of a bin of t
-    tweedie       Var[g | x_t] = σ²/(αb²) (a + b ∂f/∂x), measured            (:mod:`bayesdiff.calibration.tweedie`)
+    tweedie       Var[g | x_t] = σ²/(αb²) (a + b ∂f/∂x), measured            (:mod:`bayesdiff.diffusion.tweedie`)
     log-linear    log σ² = βᵀφ + γᵀ(ℓ, ℓ²) for each output of the head, in the head's own features φ and the level of noise ℓ
 
 and of the shape of the residual, r = sZ: normal, Student's t, or through the quantiles found (quantile recalibration, Kuleshov
@@ -20,21 +20,15 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
-from scipy.optimize import minimize
 from torch import Generator, Tensor
 
 from bayesdiff.calibration.heldout import Observed
-from bayesdiff.calibration.shapes import Normal, Prediction, Quantiles, Shape, StudentT
+from bayesdiff.calibration.shape_fits import SHAPES, fit_shape
+from bayesdiff.calibration.shapes import Prediction, Shape
 from bayesdiff.checks import ArgumentError, EmptyDataError, check_choice, check_finite
 from bayesdiff.head.geometry import HeadGeometry
 
 SCALES = ("constant", "tweedie", "log-linear")
-SHAPES = ("normal", "student-t", "quantiles")
-#: Quantiles of Z that are kept.
-LEVELS = (
-    0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5,
-    0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 0.975, 0.99, 0.995, 0.998,
-)  # fmt: skip
 #: Ridges that are tried, in those of the mean square of a standardised feature.
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 #: Steps of Fisher scoring, at most, and the relative decrease of the loss that ends it.
@@ -43,8 +37,6 @@ ITERATIONS, CONVERGED = 40, 1e-8
 FLOOR = 0.01
 #: Levels of noise are divided by their standard deviation, or by this where they are nearly one.
 NARROW = 0.05
-#: Least and most degrees of freedom.
-FREEDOM = (2.05, 200.0)
 
 
 @dataclass(frozen=True)
@@ -296,76 +288,6 @@ def out_of_fold(sample: Sample, fit: Callable[[Sample], Scale]) -> Tensor:
     for half in (even, ~even):
         out[half] = fit(sample[~half]).of_sample(sample[half])
     return out
-
-
-def fit_shape(z: Tensor, shape: str) -> Shape:
-    """The distribution of standardised residuals; a normal one is standard, whatever they are.
-
-    Args:
-        z: ``(n,)``.
-        shape: One of :data:`SHAPES`.
-
-    Raises:
-        ArgumentError: Another name.
-    """
-    check_choice("shape", shape, SHAPES)
-    if shape == "normal":
-        return Normal()
-    if shape == "quantiles":
-        levels = torch.tensor(LEVELS, dtype=torch.float64)
-        return Quantiles(LEVELS, tuple(_quantiles(z.double().cpu(), levels).tolist()))
-    return _student(z.double().cpu())
-
-
-@dataclass(frozen=True)
-class Scaled:
-    """Another shape, stretched: Z = cZ'."""
-
-    inner: Shape
-    factor: float
-
-    @property
-    def mean(self) -> float:
-        return self.factor * self.inner.mean
-
-    @property
-    def variance(self) -> float:
-        return self.factor**2 * self.inner.variance
-
-    def log_density(self, z: Tensor) -> Tensor:
-        return self.inner.log_density(z / self.factor) - torch.tensor(self.factor, dtype=z.dtype).log()
-
-    def cdf(self, z: Tensor) -> Tensor:
-        return self.inner.cdf(z / self.factor)
-
-    def quantile(self, p: Tensor) -> Tensor:
-        return self.factor * self.inner.quantile(p)
-
-    def crps(self, z: Tensor) -> Tensor:
-        return self.factor * self.inner.crps(z / self.factor)
-
-
-def _student(z: Tensor) -> Scaled:
-    """ν and the factor by maximum likelihood."""
-    low, high = (torch.tensor(v, dtype=torch.float64).log().item() for v in FREEDOM)
-    size = float(z.square().mean().sqrt())
-
-    def loss(theta: Sequence[float]) -> float:
-        nu, factor = (float(torch.tensor(v, dtype=torch.float64).exp()) for v in theta)
-        return -float(Scaled(StudentT(nu), factor).log_density(z).mean())
-
-    start = [torch.tensor(5.0).log().item(), torch.tensor(0.8 * size).log().item()]
-    best = minimize(loss, start, method="L-BFGS-B", bounds=[(low, high), (start[1] - 5, start[1] + 5)])
-    nu, factor = (float(torch.tensor(v, dtype=torch.float64).exp()) for v in best.x)
-    return Scaled(StudentT(nu), factor)
-
-
-def _quantiles(z: Tensor, levels: Tensor) -> Tensor:
-    """Empirical quantiles (torch's own takes no more than 16 million numbers)."""
-    ordered = z.sort().values
-    place = levels * (len(ordered) - 1)
-    low = place.floor().long()
-    return torch.lerp(ordered[low], ordered[(low + 1).clamp(max=len(ordered) - 1)], place - low)
 
 
 def _trend(level: Tensor, center: tuple[float, float]) -> Tensor:

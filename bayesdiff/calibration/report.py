@@ -22,6 +22,15 @@ SHOWN = {
 }  # fmt: skip
 
 
+def aligned(lines: list[list[str]], left: int) -> str:
+    """Lines of a table in columns of one width, the first ``left`` of them aligned on the left."""
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    return "\n".join(
+        "  ".join(c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
+        for line in lines
+    )
+
+
 @dataclass(frozen=True, repr=False)
 class Report:
     """Scores of methods by bins of t; ``print`` it for a table.
@@ -80,11 +89,7 @@ class Report:
             [s["method"], *(f"{100 * w:+.1f}" for w in s["worst"]), *(f"{s[k]:.4g}" for k in ("nll", "crps", "ence"))]
             for s in self.summary()
         ]
-        widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-        return "\n".join(
-            "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
-            for line in lines
-        )
+        return aligned(lines, 1)
 
     def __str__(self) -> str:
         """The table and what it means."""

@@ -117,6 +117,34 @@ class StudentT:
 
 
 @dataclass(frozen=True)
+class Scaled:
+    """Another shape, stretched: Z = cZ'."""
+
+    inner: Shape
+    factor: float
+
+    @property
+    def mean(self) -> float:
+        return self.factor * self.inner.mean
+
+    @property
+    def variance(self) -> float:
+        return self.factor**2 * self.inner.variance
+
+    def log_density(self, z: Tensor) -> Tensor:
+        return self.inner.log_density(z / self.factor) - torch.tensor(self.factor, dtype=z.dtype).log()
+
+    def cdf(self, z: Tensor) -> Tensor:
+        return self.inner.cdf(z / self.factor)
+
+    def quantile(self, p: Tensor) -> Tensor:
+        return self.factor * self.inner.quantile(p)
+
+    def crps(self, z: Tensor) -> Tensor:
+        return self.factor * self.inner.crps(z / self.factor)
+
+
+@dataclass(frozen=True)
 class Quantiles:
     """Z = h(G) of a normal G, h linear between knots and beyond them.
 

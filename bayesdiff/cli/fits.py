@@ -13,7 +13,7 @@ from bayesdiff.cli import main as options
 from bayesdiff.cli import show
 from bayesdiff.cli.models import load_model
 from bayesdiff.cli.results import write_record
-from bayesdiff.data import framing_of, known_classes, open_images
+from bayesdiff.data import images_for
 from bayesdiff.fitting import fit
 from bayesdiff.head.find import denoiser
 from bayesdiff.laplace.checkpoint import Checkpoint, remove
@@ -60,8 +60,7 @@ def run_fit(o: FitOptions) -> None:
         )
     where = show.chosen_device(o.device)
     pipe, _ = load_model(o.model, None, getattr(torch, o.dtype))
-    frame = framing_of(pipe, denoiser(pipe), o.size, None, o.convert)
-    data = open_images(o.data, o.prompt, frame, names=known_classes(pipe))
+    data = images_for(pipe, denoiser(pipe), o.data, o.prompt, size=o.size, convert=o.convert)
     show.say(f"fitting a posterior of {show.name_of(o.model)} to {len(data)} images")
     check_output_folder(o.out)
     pipe.to(where)

@@ -15,7 +15,7 @@ from bayesdiff.cli import main as options
 from bayesdiff.cli import show
 from bayesdiff.cli.models import load_model
 from bayesdiff.cli.results import write_record
-from bayesdiff.data import framing_of, known_classes, open_images
+from bayesdiff.data import images_for
 from bayesdiff.fitting.one_step import features
 from bayesdiff.fitting.regression import training_timesteps
 from bayesdiff.head.find import denoiser
@@ -79,8 +79,7 @@ def opened(o: JudgeOptions) -> Opened:
         )
     posterior = None if o.posterior is None else LaplacePosterior.load(o.posterior, pipe)
     if o.data is not None:
-        frame = framing_of(pipe, denoiser(pipe), o.size, None, o.convert)
-        source: Any = open_images(o.data, o.prompt, frame, names=known_classes(pipe))
+        source: Any = images_for(pipe, denoiser(pipe), o.data, o.prompt, size=o.size, convert=o.convert)
     else:
         source = shipped.heldout.subset(slice(o.images))
     check_output_folder(o.out)
@@ -102,13 +101,7 @@ def run_evaluate(
             progress=show.has_terminal(),
         )  # fmt: skip
     report.save(o.out)
-    written = _written(o) | {
-        "bins": bins,
-        "timesteps": timesteps,
-        "probes": probes,
-        "draws": draws,
-        "batch_size": batch_size,
-    }
+    written = _written(o) | asdict(settings)
     write_record(
         o.out, "evaluate", found.device, settings=written, posterior=show.describe(found.posterior), seconds=seconds
     )

@@ -39,6 +39,13 @@ Model = Annotated[
 Dtype = Annotated[str, typer.Option(help=f"Of the networks; one of {', '.join(DTYPES)}.")]
 Structure = Annotated[str, typer.Option(help=f"Of the fit; one of {', '.join(STRUCTURES)}.")]
 Covariance = Annotated[str, typer.Option(help=f"Of the fit; one of {', '.join(COVARIANCES)}.")]
+Prompt = Annotated[str | None, typer.Option(help="A text for all images, if the folder has none.", show_default=False)]
+Size = Annotated[
+    int | None, typer.Option(help="Height and width of the images; by default the model's.", show_default=False)
+]
+Convert = Annotated[
+    bool, typer.Option("--convert", help="Convert grey, transparent, palette and CMYK images instead of an error.")
+]
 
 
 @app.command("fit")
@@ -51,9 +58,7 @@ def fit_command(
         Path, typer.Option(help="Folder for the posterior. A fit that was killed goes on if it is run again.")
     ],
     model: Model,
-    prompt: Annotated[
-        str | None, typer.Option(help="A text for all images, if the folder has none.", show_default=False)
-    ] = None,
+    prompt: Prompt = None,
     dataset_size: Annotated[
         int | None,
         typer.Option(help="N, the images that the model was trained on; by default those given.", show_default=False),
@@ -67,16 +72,12 @@ def fit_command(
     draws_per_image: Annotated[
         int | None,
         typer.Option(
-            help="Timesteps and noises drawn for each image; by default 4 beside --training-draws, else 1.",
+            help="Timesteps and noises drawn for each image; by default --training-draws, 10 at most; else 1.",
             show_default=False,
         ),
     ] = None,
-    size: Annotated[
-        int | None, typer.Option(help="Height and width of the images; by default the model's.", show_default=False)
-    ] = None,
-    convert: Annotated[
-        bool, typer.Option("--convert", help="Convert grey, transparent, palette and CMYK images instead of an error.")
-    ] = False,
+    size: Size = None,
+    convert: Convert = False,
     structure: Structure = "full",
     covariance: Covariance = "sandwich",
     batch_size: Annotated[int, typer.Option(help="Rows in a network call.")] = 16,
@@ -220,19 +221,12 @@ Data = Annotated[
         help="Folder of held-out images, as of fit; by default those that ship with the model.", show_default=False
     ),
 ]
-Prompt = Annotated[str | None, typer.Option(help="A text for all images, if the folder has none.", show_default=False)]
 Posterior = Annotated[
     Path | None,
     typer.Option(
         help="Folder of a saved posterior; by default one is fitted to the data that ship with the model.",
         show_default=False,
     ),
-]
-Size = Annotated[
-    int | None, typer.Option(help="Height and width of the images; by default the model's.", show_default=False)
-]
-Convert = Annotated[
-    bool, typer.Option("--convert", help="Convert grey, transparent, palette and CMYK images instead of an error.")
 ]
 
 

@@ -8,6 +8,8 @@ from typing import Any
 from torch import nn
 
 from bayesdiff.data.framing import Framing
+from bayesdiff.data.images import ImageData, open_images
+from bayesdiff.data.labels import known_classes
 
 
 def modules_of(pipe: Any) -> dict[str, nn.Module]:
@@ -63,6 +65,38 @@ def framing_of(
     if vae is not None and channels not in (1, 3):
         channels = 3  # of an encoder that works on patches, or has no such number
     return Framing(size or resolution(pipe, network), channels, value_range, convert, arrays_too=size is not None)
+
+
+def images_for(
+    pipe: Any,
+    network: nn.Module,
+    images: Any,
+    prompts: Any = None,
+    *,
+    space: str | None = None,
+    size: int | tuple[int, int] | None = None,
+    value_range: tuple[float, float] | str | None = None,
+    convert: bool = False,
+) -> ImageData:
+    """Images in any of their forms, as ``pipe`` takes them, with its classes by name.
+
+    Args:
+        pipe: A pipeline, or the network.
+        network: The denoising network.
+        images: As of :func:`bayesdiff.data.open_images`.
+        prompts: As there.
+        space: ``"samples"``: what is given is a sample already, and its range is its own.
+        size: See :func:`framing_of`.
+        value_range: See :class:`Framing`.
+        convert: See :class:`Framing`.
+
+    Raises:
+        ArgumentError, BadImagesError, EmptyDataError, ShapeError: As of :func:`bayesdiff.data.open_images`.
+    """
+    if space == "samples" and value_range is None:
+        value_range = "as-is"
+    framing = framing_of(pipe, network, size, value_range, convert)
+    return open_images(images, prompts, framing, names=known_classes(pipe))
 
 
 def _configured(module: nn.Module, name: str) -> Any:

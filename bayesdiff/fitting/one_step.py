@@ -3,14 +3,14 @@ r"""One training step, seen from the head: :math:`\varphi`, the target and the r
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Generator, Tensor
 
 from bayesdiff.checks import ArgumentError, ShapeError, UnsupportedPipelineError
-from bayesdiff.data import framing_of, known_classes, open_images
+from bayesdiff.data import images_for
 from bayesdiff.diffusion.noising import noised
 from bayesdiff.fitting.by_call import Call, check_images
 from bayesdiff.fitting.regression import source_of, training_timesteps
@@ -102,10 +102,10 @@ def features(
     source = source_of(
         pipe_or_model, head=head, scheduler=scheduler, call=call, pipe_kwargs=pipe_kwargs, space=space, encode=encode
     )
-    framing = framing_of(pipe_or_model, source.network, size, value_range, convert)
-    if space == "samples" and value_range is None:
-        framing = replace(framing, value_range="as-is")
-    made = list(open_images(images, prompts, framing, names=known_classes(pipe_or_model)).batches(2**31))
+    data = images_for(
+        pipe_or_model, source.network, images, prompts, space=space, size=size, value_range=value_range, convert=convert
+    )
+    made = list(data.batches(2**31))
     if len(made) != 1:
         raise ArgumentError(f"expected one batch of images, got {len(made)}")
     x, conditioning = made[0]

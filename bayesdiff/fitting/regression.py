@@ -24,7 +24,7 @@ from bayesdiff.checks import (
     check_choice,
     check_int,
 )
-from bayesdiff.data import framing_of, known_classes, modules_of, open_images
+from bayesdiff.data import images_for, modules_of
 from bayesdiff.data.sources import Batch
 from bayesdiff.diffusion.density import Density, as_density
 from bayesdiff.diffusion.noising import draw, noised
@@ -187,11 +187,9 @@ def fit(
         check_settings(found.out_channels, noise_bins, **settings)
     num_timesteps = training_timesteps(source.scheduler)
     seed = base_seed(generator)
-    if space == "samples" and value_range is None:
-        value_range = "as-is"
-    data = open_images(
-        images, prompts, framing_of(pipe_or_model, source.network, size, value_range, convert), names=known_classes(pipe_or_model)
-    )  # fmt: skip
+    data = images_for(
+        pipe_or_model, source.network, images, prompts, space=space, size=size, value_range=value_range, convert=convert
+    )
     if dataset_size is not None:
         check_int("dataset_size", dataset_size, least=1)
     if dataset_size is not None and data.length is not None and dataset_size < data.length:

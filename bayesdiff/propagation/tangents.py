@@ -20,7 +20,6 @@ The function is run several times; but for measurements, only the first run call
 
 from __future__ import annotations
 
-import bisect
 import math
 import warnings
 from collections.abc import Callable
@@ -31,9 +30,11 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from bayesdiff.checks import BayesdiffWarning, UnsupportedPipelineError
+from bayesdiff.diffusion.tweedie import clean_variance
 from bayesdiff.propagation.coordinates import Coordinates, branch_order, scale_of
 from bayesdiff.propagation.denoising import Denoising
 from bayesdiff.propagation.entered import Entered, Match, floating
+from bayesdiff.propagation.module import Module, confirmed
 from bayesdiff.propagation.plan import plan, ranks
 from bayesdiff.propagation.responder import Branches, Measured, Responder, combine
 from bayesdiff.propagation.response import Directions, reduced
@@ -47,14 +48,10 @@ from bayesdiff.tracing.rerun import tensors
 
 #: Directions are chosen from no more draws than these; of large samples, from as many as take no more bytes, or the fewest.
 CHOOSING, CHOOSING_BYTES, FEWEST = 128, 2**24, 32
-#: What errors make of the map is followed along no more draws than these.
-FOLLOWED = 32
 #: Draws are carried together as long as their tangents of one sample take no more bytes than this.
 TOGETHER = 2**24
 #: Of a residual that is warned of.
 LARGE = 0.5
-#: No size that is divided by is less.
-TINY = 1e-30
 
 
 class TangentRun:
@@ -80,7 +77,7 @@ class TangentRun:
         self.selfcheck = SelfCheck(session)
         #: Whether responses are those of every draw at every call: then derivatives are taken to both sides.
         self.exact = settings.refresh == 1 and (settings.num_directions or 0) >= draws
-        self._modules: dict[tuple[int, int], _Module] = {}
+        self._modules: dict[tuple[int, int], Module] = {}
         self._order: dict[int, list[tuple[int, int]]] = {}
         self._beside: list[str] = []  # modules whose output must enter the network beside the sample
         self._second = False
@@ -138,12 +135,14 @@ class TangentRun:
                 return None
             alpha, sigma = noise
             share = module.responder.weights(n)
-            size = sigma**2 / (alpha * scale_of(alpha)) if alpha > 0 else math.nan  # of pure noise: nothing is known
+            size = (
+                clean_variance(alpha, sigma, 1 / scale_of(alpha)) if alpha > 0 else math.nan
+            )  # of pure noise: nothing is known
             weights.append([share.get(m, 0.0) * size for m in nodes])
         stacked = torch.stack([diagonals[m].float() for m in nodes])
         return Denoising(stacked.unflatten(2, module.sample), torch.tensor(weights, dtype=torch.float64))
 
-    def _module(self, box: Box, n: int) -> tuple[_Module, int]:
+    def _module(self, box: Box, n: int) -> tuple[Module, int]:
         """The responses that call n belongs to, and its number among their calls."""
         order = self._order.setdefault(id(box), branch_order(box.calls))
         branch, place = order[n]
@@ -154,7 +153,7 @@ class TangentRun:
             s, places = self.settings, ranks(coordinates.levels, len(calls))
             chosen = plan(places, s.extra_calls, s.refresh, s.num_directions, self.stages, self.session.noisy)
             shared = self.stages == 1 and len(set(places)) == len(places)
-            self._modules[key] = _Module(coordinates, Responder(chosen, self.dtype, shared, s.batch_invariant))
+            self._modules[key] = Module(coordinates, Responder(chosen, self.dtype, shared, s.batch_invariant))
         return self._modules[key], place
 
     def _network(self, box: Box, n: int, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -186,7 +185,7 @@ class TangentRun:
                 module.sample = tuple(entered.given.row_shape(0))
         (match,) = module.match
         rows = entered.rows if match is None else match.taken(entered.rows)
-        branches = _confirmed(known, rows)
+        branches = confirmed(known, rows)
         samples = branches.first(rows)
         module.same_shape(box.name, samples)
         if module.due(place) and not self._second:
@@ -198,7 +197,7 @@ class TangentRun:
             a, b = module.coordinates.interpolated(place)
             denoised = module.responder.denoised(place, samples)
             if self._second and self._draws.start == 0:
-                module.sizes[place] = _norm(denoised[:, :FOLLOWED]) / abs(b)
+                module.note(place, denoised, b)
             common = denoised.add_(samples, alpha=-a).div_(b)
             total = match.written(branches.spread(common), entered.size)
             found = total if found is None else found + total
@@ -207,7 +206,7 @@ class TangentRun:
         return entered.returned.unpack(found)
 
     def _measure(
-        self, module: _Module, n: int, entered: Entered, match: Match | None, branches: Branches, samples: Tensor
+        self, module: Module, n: int, entered: Entered, match: Match | None, branches: Branches, samples: Tensor
     ) -> Measured:  # fmt: skip
         """Directions, and the response along them."""
         chosen = self._choose(module.responder, n, samples)
@@ -295,110 +294,6 @@ class TangentRun:
                 give_back(tangents.numel() * tangents.element_size())
         if self._second and self._draws.start == 0:
             self.selfcheck.remember(box, n, args, kwargs, output, list(total))
-
-
-def _confirmed(known: Branches | None, rows: Tensor) -> Branches:
-    """Which rows of a call are branches of one sample: those that are known, if their tangents are really the same.
-
-    Rows whose tangents are the same as those of a sample belong to it, too, with the weight 0; where nothing is known, with
-    equal weights. So a run has the same samples in all its calls, guided or not.
-    """
-    members: list[list[int]] = [] if known is None else known.rows.tolist()
-    if any(not torch.equal(rows[first], rows[m]) for first, *others in members for m in others):
-        return Branches.alone(len(rows))
-    given = {m for some in members for m in some}
-    for r in (r for r in range(len(rows)) if r not in given):
-        found = next((some for some in members if _same(rows, some[0], r)), None)
-        if found is None:
-            members.append([r])
-        else:
-            found.append(r)
-    if len({len(some) for some in members}) != 1 or (known is not None and len(members) != len(known.rows)):
-        return Branches.alone(len(rows))
-    if known is not None and known.rows.shape[1] == len(members[0]):
-        return known
-    weights = torch.full((len(members), len(members[0])), 1.0 / len(members[0]), dtype=torch.float64)
-    if known is not None:
-        weights = torch.nn.functional.pad(known.weights, (0, len(members[0]) - known.weights.shape[1]))
-    share = torch.ones(len(members), dtype=torch.float64) if known is None else known.share
-    return Branches(torch.tensor(members), weights, share)
-
-
-def _same(rows: Tensor, one: int, other: int) -> bool:
-    """Whether two rows have the same tangents, and some; the first draw's are looked at first."""
-    return torch.equal(rows[one, 0], rows[other, 0]) and torch.equal(rows[one], rows[other]) and bool(rows[one].any())
-
-
-class _Module:
-    """What is known of one module's responses."""
-
-    def __init__(self, coordinates: Coordinates, responder: Responder) -> None:
-        self.coordinates, self.responder = coordinates, responder
-        self.match: tuple[Match | None] | None = None  # once it was looked for
-        self.sample: tuple[int, ...] | None = None  # its shape, where that is all that is moved
-        self.shape: tuple[int, int] | None = None
-        self.sizes: dict[int, Tensor] = {}  # in the second pass, of Jδx as part of δf
-        self._reach: dict[int, Tensor] = {}  # what an error of size 1 in δf makes of the next δx, relative
-        self._last: tuple[int, Tensor, Tensor] | None = None  # δx and δf of the last call
-
-    def same_shape(self, name: str, samples: Tensor) -> None:
-        """Refuse calls whose samples are not those of the others: their responses have nothing in common."""
-        shape = (len(samples), samples.shape[2])
-        self.shape = self.shape or shape
-        if self.shape != shape:
-            raise UnsupportedPipelineError(
-                f"expected {name} to be given the same samples in all its calls, got {self.shape[0]} of {self.shape[1]} numbers "
-                f'and {shape[0]} of {shape[1]}; use propagation="ensemble"'
-            )
-
-    def due(self, n: int) -> bool:
-        """Whether to measure at call n."""
-        return n in self.responder.plan.nodes
-
-    def follow(self, n: int, entered: Entered, known: Branches | None, total: list[Tensor]) -> None:
-        """In the second pass: how much of δf_n the next δx is made of, δx' ≈ c δx + d δf by least squares."""
-        match = self.match[0] if self.match else None
-        if match is None:
-            return
-        rows = match.taken(entered.rows)
-        branches = _confirmed(known, rows)
-        x = branches.first(rows)[:, :FOLLOWED]
-        f = branches.combine(match.read(entered.returned.pack([t[:FOLLOWED] for t in total], lead=1)))
-        if self._last is not None and self._last[1].shape == x.shape:
-            before, *old = self._last
-            gram = torch.stack([torch.stack([_inner(u, v) for v in old], 1) for u in old], 1)
-            right = torch.stack([_inner(u, x) for u in old], 1).unsqueeze(2)
-            self._reach[before] = torch.linalg.lstsq(gram, right).solution[:, 1, 0].abs() / _norm(x).clamp(min=TINY)
-        self._last = (n, x.clone(), f)
-
-    def residual(self) -> Tensor | None:
-        """The relative error of the map, as if what an error makes of δx were carried on as δx is, ``(B,)``.
-
-        Between two nodes errors add up, those of different gaps are independent.
-        """
-        errors = self.responder.errors()
-        if errors is None or self._last is None:
-            return None
-        last, x, f = self._last
-        a, b = self.coordinates.interpolated(last)
-        self._reach[last] = abs(b) / _norm(a * x + b * f).clamp(min=TINY)
-        places, nodes = self.responder.plan.places, sorted(errors.outside)
-        gaps: dict[int, Tensor] = {}
-        for n, size in self.sizes.items():
-            if n in self._reach and self._reach[n].shape == size.shape:
-                gap = bisect.bisect_right(nodes, n)
-                gaps[gap] = gaps.get(gap, torch.zeros_like(size)) + errors(n, places[n]) * size * self._reach[n]
-        return torch.stack(list(gaps.values())).square().sum(0).sqrt() if gaps else None
-
-
-def _inner(u: Tensor, v: Tensor) -> Tensor:
-    """Of each sample, ``(B,)`` float64."""
-    return torch.einsum("bkp,bkp->bk", u, v).double().sum(1).cpu()
-
-
-def _norm(u: Tensor) -> Tensor:
-    """Of each sample, root mean square over draws, ``(B,)`` float64."""
-    return (_inner(u, u) / u.shape[1]).sqrt()
 
 
 def warn(residual: Tensor | None, settings: Tangents) -> None:

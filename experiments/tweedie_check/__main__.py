@@ -27,8 +27,8 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 import bayesdiff
-from bayesdiff.calibration.tweedie import clean_variance
 from bayesdiff.diffusion.parametrization import alpha_sigma, clean_coefficients, is_flow, is_reversed, prediction_type
+from bayesdiff.diffusion.tweedie import clean_variance
 from bayesdiff.fitting.regression import source_of
 from bayesdiff.io import write_figure
 from bayesdiff.rng import item_generator

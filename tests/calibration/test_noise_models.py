@@ -14,16 +14,15 @@ from bayesdiff.calibration.heldout import Observed
 from bayesdiff.calibration.noise_models import (
     LogLinear,
     Sample,
-    Scaled,
     Tweedie,
     fit_noise,
-    fit_shape,
     out_of_fold,
 )
-from bayesdiff.calibration.shapes import Quantiles, StudentT
-from bayesdiff.calibration.tweedie import clean_variance, target_variance
+from bayesdiff.calibration.shape_fits import fit_shape
+from bayesdiff.calibration.shapes import Quantiles, Scaled, StudentT
 from bayesdiff.checks import ArgumentError, EmptyDataError, NonFiniteError
 from bayesdiff.diffusion.parametrization import PREDICTIONS, clean_coefficients
+from bayesdiff.diffusion.tweedie import clean_variance, target_variance
 from bayesdiff.head.geometry import HeadGeometry
 
 

@@ -10,11 +10,12 @@ import torch
 
 from bayesdiff.checks import BayesdiffWarning
 from bayesdiff.propagation import responder as responders
+from bayesdiff.propagation.module import FOLLOWED, Module
 from bayesdiff.propagation.plan import Plan
 from bayesdiff.propagation.responder import Branches, Errors, Measured, Responder
 from bayesdiff.propagation.response import EIGENVALUE_FLOOR, Directions
 from bayesdiff.propagation.settings import Tangents
-from bayesdiff.propagation.tangents import FOLLOWED, LARGE, _Module, warn
+from bayesdiff.propagation.tangents import LARGE, warn
 
 PLACES, NODES, P, K = tuple(map(float, range(12))), (1, 4, 6, 9, 11), 10, 40
 
@@ -148,7 +149,7 @@ class _Whole:
 def test_an_error_is_weighed_by_what_the_step_makes_of_it(measured):
     """x' = c x + d f: relative errors add up between nodes, and are independent beyond."""
     responder, _ = measured
-    module = _Module(lambda n: (0.5, 2.0), responder)
+    module = Module(lambda n: (0.5, 2.0), responder)
     module.coordinates.interpolated = module.coordinates
     assert module.residual() is None
     generator = torch.Generator().manual_seed(1)

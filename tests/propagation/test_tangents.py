@@ -11,10 +11,11 @@ import torch
 
 import bayesdiff as bd
 from bayesdiff.propagation import responder
+from bayesdiff.propagation.module import confirmed
 from bayesdiff.propagation.plan import plan
 from bayesdiff.propagation.responder import Branches
 from bayesdiff.propagation.response import Response, smoothed
-from bayesdiff.propagation.tangents import TangentRun, _confirmed
+from bayesdiff.propagation.tangents import TangentRun
 from tests import cases
 
 #: Networks without training need more calls than others: maps are what is looked at here, not how good they are.
@@ -188,21 +189,21 @@ def test_rows_with_the_same_tangents_are_branches_of_one_sample():
     x, y = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0)).double().unbind(0)
     guided = torch.stack([x, y, x, y])
     known = Branches(torch.tensor([[0, 2], [1, 3]]), torch.tensor([[-2.0, 3.0]] * 2).double(), torch.ones(2).double())
-    assert _confirmed(known, guided) is known
+    assert confirmed(known, guided) is known
     # Where the weights are not known they are equal; a weight that is 0 is not read off, but its row is there.
-    unknown = _confirmed(None, guided)
+    unknown = confirmed(None, guided)
     assert (unknown.rows.tolist(), unknown.weights.tolist()) == ([[0, 2], [1, 3]], [[0.5, 0.5]] * 2)
     half = Branches(torch.tensor([[2], [3]]), torch.ones(2, 1).double(), torch.ones(2).double())
-    zero = _confirmed(half, guided)
+    zero = confirmed(half, guided)
     assert (zero.rows.tolist(), zero.weights.tolist()) == ([[2, 0], [3, 1]], [[1, 0]] * 2)
     # Deviations that are nothing are not those of one sample.
-    assert _confirmed(None, 0 * guided).rows.tolist() == [[0], [1], [2], [3]]
+    assert confirmed(None, 0 * guided).rows.tolist() == [[0], [1], [2], [3]]
     for rows, wrong in (
         (torch.stack([x, y]), None),
         (torch.stack([x, y, x, x + y]), known),
         (torch.stack([x, x, y]), None),
     ):
-        assert _confirmed(wrong, rows).rows.tolist() == [[r] for r in range(len(rows))]
+        assert confirmed(wrong, rows).rows.tolist() == [[r] for r in range(len(rows))]
 
 
 def test_no_measurement_before_there_are_deviations(small):

@@ -16,6 +16,8 @@ not, and guidance changes what is predicted. Where a variance comes out negative
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 from torch import Tensor
 
 from bayesdiff.diffusion.parametrization import clean_coefficients
@@ -39,12 +41,15 @@ def target_variance(prediction: str, alpha: Tensor, sigma: Tensor, slope: Tensor
     return sigma.square() / (alpha * b**2) * (a + b * slope)
 
 
-def clean_variance(alpha: Tensor, sigma: Tensor, jacobian: Tensor) -> Tensor:
+Number = TypeVar("Number", float, Tensor)
+
+
+def clean_variance(alpha: Number, sigma: Number, jacobian: Number) -> Number:
     """Var[x_0 | x_t] from the diagonal of the denoiser's response, in the network's space squared.
 
     Args:
-        alpha: α, broadcastable.
+        alpha: α > 0, broadcastable.
         sigma: σ.
         jacobian: ∂D_i/∂x_i.
     """
-    return sigma.square() / alpha * jacobian
+    return sigma**2 / alpha * jacobian
