@@ -33,6 +33,11 @@ def record(folder: Path, settings: dict[str, Any], results: Any, device: str = "
     write_json(folder / "results.json", {"settings": settings, "environment": environment(device), "results": results})
 
 
+def seeded(seed: int) -> torch.Generator:
+    """A generator on the CPU."""
+    return torch.Generator().manual_seed(seed)
+
+
 @functools.cache
 def fitted(seed: int) -> bayesdiff.LaplacePosterior:
     """A posterior of the shipped model, which does not depend on the scheduler.

@@ -2,22 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from experiments.calibration.tables import MARKED, markdown
-from experiments.common import RESULTS
+from experiments.pages import NOT_RUN, markdown, read, written
 
 PAGES = (Path("docs/evidence.md"), Path("docs/meaning.md"))
-
-
-def read(path: str) -> dict[str, Any] | None:
-    """A results file, or None where there is none yet."""
-    file = RESULTS / path / "results.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
 
 
 def number(value: float | None, error: float | None = None, digits: int = 2) -> str:
@@ -36,7 +26,7 @@ def retraining(key: str) -> Callable[[str], str]:
     def table(problem: str) -> str:
         found = read(f"retraining/{problem}")
         if found is None:
-            return "Not run yet.\n"
+            return NOT_RUN
         rows = found["results"]["agreement"]
         places = list(dict.fromkeys(r["place"] for r in rows))
         lines = []
@@ -54,7 +44,7 @@ def gaps(problem: str) -> str:
     """What the loss gap says of the variance, by t, mean over the base networks."""
     found = read(f"retraining/{problem}")
     if found is None:
-        return "Not run yet.\n"
+        return NOT_RUN
     rows = found["results"]["loss_gap"]
     lines = []
     for t in dict.fromkeys(r["t"] for r in rows):
@@ -71,7 +61,7 @@ def origins(problem: str) -> str:
     """What of the spread is of the data: all of it minus that of networks which saw the same data."""
     found = read(f"retraining/{problem}")
     if found is None:
-        return "Not run yet.\n"
+        return NOT_RUN
     results = found["results"]
     same, head = (
         {r["place"]: r for r in results["agreement"] if r["method"] == m}
@@ -101,7 +91,7 @@ def factors(_: str) -> str:
     """A factor by t found on the sines, and what it makes of the other problem."""
     found = [read(f"retraining/{problem}") for problem in ("sines", "fashion")]
     if None in found:
-        return "Not run yet.\n"
+        return NOT_RUN
     sines, fashion = (
         {r["place"]: r for r in f["results"]["agreement"] if r["method"] == "sandwich"} for f in found if f is not None
     )
@@ -124,7 +114,7 @@ def shares(_: str) -> str:
             rows = [r for r in found["results"]["agreement"] if r["method"] == "sandwich"]
             places = [r["place"].replace("=", " = ") for r in rows]
             lines.append([problem, *(number(r["ratio"], r["ratio_se"]) for r in rows)])
-    return markdown(["", *places], lines) if lines else "Not run yet.\n"
+    return markdown(["", *places], lines) if lines else NOT_RUN
 
 
 def part(name: str, columns: dict[str, str], digits: int = 3) -> Callable[[str], str]:
@@ -133,7 +123,7 @@ def part(name: str, columns: dict[str, str], digits: int = 3) -> Callable[[str],
     def table(_: str) -> str:
         found = read("usefulness")
         if found is None or name not in found["results"]:
-            return "Not run yet.\n"
+            return NOT_RUN
         lines = []
         for row in found["results"][name]:
             cells = []
@@ -150,7 +140,7 @@ def outside(_: str) -> str:
     """AUROC: scores × other sets."""
     found = read("usefulness")
     if found is None or "ood" not in found["results"]:
-        return "Not run yet.\n"
+        return NOT_RUN
     text = ""
     rows = found["results"]["ood"]
     for model in dict.fromkeys(r["model"] for r in rows):
@@ -166,7 +156,7 @@ def filtered(_: str) -> str:
     """Score × measure: difference from chance."""
     found = read("usefulness")
     if found is None or "filtering" not in found["results"]:
-        return "Not run yet.\n"
+        return NOT_RUN
     rows = found["results"]["filtering"]
     measures = list(dict.fromkeys(r["measure"] for r in rows))
     cell = {(r["score"], r["measure"]): number(r["difference"], r["difference_se"], 3) for r in rows}
@@ -182,7 +172,7 @@ def total(_: str) -> str:
     """The law of total variance."""
     found = read("uncertainty_maps")
     if found is None:
-        return "Not run yet.\n"
+        return NOT_RUN
     rows = found["results"]["total_variance"]
     return markdown(
         ["part", "variance", "share"], [[r["part"], f"{r['variance']:.3e}", f"{r['share']:.6f}"] for r in rows]
@@ -214,16 +204,6 @@ TABLES: dict[str, Callable[[str], str]] = {
 }  # fmt: skip
 
 
-def written(page: str) -> str:
-    """The page with its tables made anew."""
-
-    def table(match: re.Match[str]) -> str:
-        kind, _, what = match[2].partition("-of-")
-        return match[1] + TABLES[kind](what) + match[3]
-
-    return MARKED.sub(table, page)
-
-
 if __name__ == "__main__":
     for path in PAGES:
-        path.write_text(written(path.read_text(encoding="utf-8")), encoding="utf-8")
+        path.write_text(written(path.read_text(encoding="utf-8"), TABLES), encoding="utf-8")

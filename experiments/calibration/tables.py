@@ -1,42 +1,24 @@
 """Writes the tables of docs/calibration.md from the results files.
 
-    python -m experiments.calibration.tables
-
-What stands between ``<!-- table: NAME -->`` and ``<!-- end -->`` is replaced.
+python -m experiments.calibration.tables
 """
 
 from __future__ import annotations
 
-import json
-import re
 from pathlib import Path
-from typing import Any
 
 from bayesdiff.calibration.report import DEFAULT
-from experiments.common import RESULTS
+from experiments.pages import NOT_RUN, markdown, read, written
 
 PAGE = Path("docs/calibration.md")
 MODELS = ("fashion-ddpm", "fashion-4step", "earth-sd", "earth-sd3")
-MARKED = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
-
-
-def markdown(head: list[str], rows: list[list[str]]) -> str:
-    """A table of Markdown."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
-def read(experiment: str, model: str) -> dict[str, Any] | None:
-    """A results file, or None where there is none yet."""
-    path = RESULTS / experiment / model / "results.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
 def methods(model: str) -> str:
     """Worst deviations of coverage and mean scores of all methods, of one model."""
-    found = read("calibration", model)
+    found = read(f"calibration/{model}")
     if found is None:
-        return "Not run yet.\n"
+        return NOT_RUN
     results, settings = found["results"], found["settings"]
     levels = [f"{100 * p:.0f}" for p in results["levels"]]
     rows = [
@@ -60,7 +42,7 @@ def shipped(_: str) -> str:
     """The recommended noise model by bins of t, for all models: coverage minus nominal at each level."""
     rows = []
     for model in MODELS:
-        results = (read("calibration", model) or {"results": {"rows": (), "levels": ()}})["results"]
+        results = (read(f"calibration/{model}") or {"results": {"rows": (), "levels": ()}})["results"]
         for r in results["rows"]:
             if r["method"] == DEFAULT:
                 off = [100 * (c - p) for c, p in zip(r["coverage"], results["levels"], strict=True)]
@@ -70,14 +52,14 @@ def shipped(_: str) -> str:
                     f"{r['squared_residual']:.2g}", f"{r['weights_share']:.1g}",
                 ])  # fmt: skip
     head = ["model", "t", "50 %", "80 %", "90 %", "95 %", "NLL", "ENCE", "squared residual", "share of the weights"]
-    return markdown(head, rows) if rows else "Not run yet.\n"
+    return markdown(head, rows) if rows else NOT_RUN
 
 
 def spread(model: str) -> str:
     """The Tweedie map against samples, of one model."""
-    found = read("tweedie_check", model)
+    found = read(f"tweedie_check/{model}")
     if found is None:
-        return "Not run yet.\n"
+        return NOT_RUN
     settings = found["settings"]
     rows = [
         [
@@ -92,15 +74,8 @@ def spread(model: str) -> str:
     )
 
 
-def written(page: str) -> str:
-    """The page with its tables made anew."""
-
-    def table(match: re.Match[str]) -> str:
-        kind, _, model = match[2].partition("-of-")
-        return match[1] + {"methods": methods, "shipped": shipped, "spread": spread}[kind](model) + match[3]
-
-    return MARKED.sub(table, page)
+TABLES = {"methods": methods, "shipped": shipped, "spread": spread}
 
 
 if __name__ == "__main__":
-    PAGE.write_text(written(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    PAGE.write_text(written(PAGE.read_text(encoding="utf-8"), TABLES), encoding="utf-8")

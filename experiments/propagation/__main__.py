@@ -30,7 +30,7 @@ import bayesdiff
 from bayesdiff.checks import NegativeVarianceWarning, UnsupportedSchedulerError
 from bayesdiff.io import write_figure
 from bayesdiff.propagation.settings import Settings
-from experiments.common import agreement, command, record, results_folder, table
+from experiments.common import agreement, command, record, results_folder, seeded, table
 from experiments.propagation.references import SAMPLINGS, Sampling, Setting, reference
 
 #: Network calls of tangents, in those of the plain pipeline.
@@ -66,10 +66,6 @@ def subsets(output: bayesdiff.UncertaintyOutput, size: int) -> list[Tensor]:
     assert output.factors is not None
     members = output.factors.double() * (len(output.factors) - 1) ** 0.5
     return [m.std(0).float() for m in members.split(size) if len(m) == size]
-
-
-def seeded(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def judge(

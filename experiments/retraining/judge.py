@@ -16,7 +16,8 @@ from torch import Tensor
 import bayesdiff
 from bayesdiff.diffusion.noising import noised
 from bayesdiff.io import atomic_path
-from experiments.retraining.methods import Base, Sizes, Weights, outputs, samples, seeded
+from experiments.common import seeded
+from experiments.retraining.methods import Base, Sizes, Weights, outputs, samples
 from experiments.retraining.problems import Problem
 from experiments.retraining.train import kept
 

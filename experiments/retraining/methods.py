@@ -17,22 +17,19 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 from torch.func import functional_call, vjp, vmap
 
 import bayesdiff
 from bayesdiff.diffusion.noising import noised
 from bayesdiff.head.find import Head, find_head
 from bayesdiff.rng import orthogonal_normal
+from experiments.common import seeded
 from experiments.posterior_check.refits import least_squares, resample
 from experiments.retraining.problems import Problem
 from experiments.retraining.train import kept, network
 
 Weights = dict[str, Tensor]
-
-
-def seeded(seed: int) -> Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 @dataclass(frozen=True)

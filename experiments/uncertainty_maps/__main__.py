@@ -24,8 +24,8 @@ from torch import Tensor
 
 import bayesdiff
 from bayesdiff.io import write_figure
-from experiments.common import agreement, command, record, results_folder, table
-from experiments.usefulness.common import fashion, seeded
+from experiments.common import agreement, command, record, results_folder, seeded, table
+from experiments.usefulness.common import fashion
 from experiments.usefulness.restoration import sampler
 
 CLASSES = ("Trouser", "Dress", "Sandal", "Bag")

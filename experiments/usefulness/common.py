@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
 import bayesdiff
 from bayesdiff.io import atomic_path
+from experiments.common import seeded
 from experiments.train_fashion_ddpm.train import fashion_mnist
 
 SHOWN = ("sandwich", "GGN", "diagonal EF")
@@ -58,10 +59,6 @@ class Size:
     steps: int = 25
     fit: int = 500
     draws: int = 64
-
-
-def seeded(seed: int) -> Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 @functools.cache

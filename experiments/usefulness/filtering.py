@@ -19,6 +19,7 @@ from torch import Tensor
 from torchmetrics.functional.classification import binary_auroc
 
 import bayesdiff
+from experiments.common import seeded
 from experiments.train_fashion_ddpm.train import fashion_mnist
 from experiments.usefulness.common import (
     Classifier,
@@ -30,7 +31,6 @@ from experiments.usefulness.common import (
     frechet,
     posteriors,
     precision_recall,
-    seeded,
     standard_error,
 )
 

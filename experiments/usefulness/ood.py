@@ -14,6 +14,7 @@ from torchmetrics.functional.classification import binary_auroc
 
 import bayesdiff
 from bayesdiff.diffusion.noising import noised
+from experiments.common import seeded
 from experiments.usefulness.common import (
     Folders,
     Size,
@@ -24,7 +25,6 @@ from experiments.usefulness.common import (
     fashion,
     per_image,
     posteriors,
-    seeded,
 )
 
 TIMESTEPS = (100, 300, 600)

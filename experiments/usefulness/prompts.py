@@ -13,7 +13,8 @@ import torch
 from torchmetrics.functional.classification import binary_auroc
 
 import bayesdiff
-from experiments.usefulness.common import Folders, Size, earth, edges, seeded, standard_error
+from experiments.common import seeded
+from experiments.usefulness.common import Folders, Size, earth, edges, standard_error
 
 STRANGE = (
     "a portrait of a cat", "a circuit board", "a plate of spaghetti", "handwritten digits", "a red sports car at night",

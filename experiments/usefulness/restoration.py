@@ -17,7 +17,8 @@ from torch.nn import functional as F
 
 import bayesdiff
 from bayesdiff.calibration import RiskCoverage, Sparsification, Spearman
-from experiments.usefulness.common import Folders, Size, edges, fashion, seeded, standard_error
+from experiments.common import seeded
+from experiments.usefulness.common import Folders, Size, edges, fashion, standard_error
 
 TASKS = ("inpainting", "super-resolution")
 #: Seeds whose spread is the control.

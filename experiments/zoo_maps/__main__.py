@@ -25,7 +25,7 @@ from torch import Tensor
 
 import bayesdiff
 from bayesdiff.io import write_figure
-from experiments.common import agreement, command, record, results_folder, table
+from experiments.common import agreement, command, record, results_folder, seeded, table
 
 PROMPTS = {
     "earth-sd": (
@@ -35,10 +35,6 @@ PROMPTS = {
     "fashion-4step": ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Bag", "Ankle boot"),
 }  # fmt: skip
 PROMPTS["earth-sd3"] = PROMPTS["earth-sd"]
-
-
-def seeded(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def main(

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from bayesdiff.diffusion.parametrization import alpha_sigma
+from experiments import pages
 from experiments.calibration import __main__ as calibration
 from experiments.calibration import tables
 from experiments.tweedie_check import __main__ as tweedie_check
@@ -76,5 +77,5 @@ def test_samples_have_the_spread_of_gaussian_data():
 
 def test_the_tables_of_the_page_are_those_of_the_results():
     page = tables.PAGE.read_text(encoding="utf-8")
-    assert tables.MARKED.findall(page)
-    assert tables.written(page) == page
+    assert pages.MARKED.findall(page)
+    assert pages.written(page, tables.TABLES) == page
