@@ -18,7 +18,7 @@ demo: $(READY) ## images of the shipped model and their uncertainty, in maps/dem
 	$(VENV)/bin/bayesdiff demo --out maps/demo
 
 test: $(READY) ## the tests
-	$(PY) -m pytest
+	$(PY) -m pytest --numprocesses auto --dist worksteal
 
 lint: $(READY) ## ruff: rules and format
 	$(PY) -m ruff check .

@@ -152,12 +152,12 @@ def outside(_: str) -> str:
     return text
 
 
-def filtered(_: str) -> str:
+def filtered(model: str) -> str:
     """Score × measure: difference from chance."""
-    found = read("usefulness")
-    if found is None or "filtering" not in found["results"]:
+    found, name = read("usefulness"), "filtering-earth" if model == "earth" else "filtering"
+    if found is None or name not in found["results"]:
         return NOT_RUN
-    rows = found["results"]["filtering"]
+    rows = found["results"][name]
     measures = list(dict.fromkeys(r["measure"] for r in rows))
     cell = {(r["score"], r["measure"]): number(r["difference"], r["difference_se"], 3) for r in rows}
     chance = {r["measure"]: r["chance"] for r in rows}

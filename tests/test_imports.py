@@ -10,7 +10,7 @@ import sys
 import bayesdiff
 from bayesdiff.cli import main as options
 from bayesdiff.laplace.structure import COVARIANCES, STRUCTURES
-from bayesdiff.propagation.settings import PROPAGATIONS
+from bayesdiff.propagation.settings import PROPAGATIONS, Ensemble, Tangents
 
 
 def python(code: str) -> str:
@@ -41,6 +41,7 @@ def test_every_public_name_is_there() -> None:
 
 def test_the_options_of_the_command_line_are_those_of_the_modules() -> None:
     assert options.PROPAGATIONS == PROPAGATIONS
+    assert (Tangents().draws, Ensemble().members) == (options.DRAWS, options.MEMBERS)
     assert options.STRUCTURES == STRUCTURES
     assert options.COVARIANCES == COVARIANCES
     assert bayesdiff.zoo.names() == options.MODELS

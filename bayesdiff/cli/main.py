@@ -27,6 +27,7 @@ PROPAGATIONS = ("tangents", "ensemble", "bayesdiff", "bayesdiff-centered")
 STRUCTURES = ("full", "kron", "diag", "lowrank")
 COVARIANCES = ("sandwich", "ggn", "ef")
 DTYPES = ("float32", "float64", "bfloat16", "float16")
+DRAWS, MEMBERS = 128, 24  # K of tangents, M of an ensemble
 
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Device = Annotated[
@@ -146,7 +147,13 @@ def map_command(
         float | None, typer.Option(help="1 is no guidance; by default the pipeline's own.", show_default=False)
     ] = None,
     propagation: Annotated[str, typer.Option(help=f"One of {', '.join(PROPAGATIONS)}.")] = "tangents",
-    num_tangents: Annotated[int, typer.Option(help="Weight draws: K of tangents, M of an ensemble.")] = 64,
+    num_tangents: Annotated[
+        int | None,
+        typer.Option(
+            help=f"Weight draws: K of tangents (default {DRAWS}), M of an ensemble (default {MEMBERS}).",
+            show_default=False,
+        ),
+    ] = None,
     extra_calls: Annotated[
         float, typer.Option(help="Network calls that tangents may spend, in those of the images alone.")
     ] = 2.5,
@@ -311,7 +318,7 @@ def compare_command(
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the figure and settings.")],
     steps: Annotated[int, typer.Option(help="Denoising steps.")] = 50,
-    num_tangents: Annotated[int, typer.Option(help="K, weight draws of the tangents.")] = 64,
+    num_tangents: Annotated[int, typer.Option(help="K, weight draws of the tangents.")] = DRAWS,
     ensemble: Annotated[int, typer.Option(help="M, trajectories of the ensemble.")] = 24,
     images: Annotated[
         int | None, typer.Option(help="Fit to the first so many images; by default 1,000.", show_default=False)

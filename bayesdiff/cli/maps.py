@@ -39,7 +39,7 @@ class MapOptions:
     eta: float | None
     guidance_scale: float | None
     propagation: str
-    num_tangents: int
+    num_tangents: int | None
     extra_calls: float
     refresh: int | None
     num_directions: int | None
@@ -59,14 +59,14 @@ def propagation_of(o: MapOptions) -> Settings:
     common: dict[str, Any] = {"generator": generator, "batch_invariant": o.batch_invariant}
     if o.propagation == "tangents":
         return Tangents(
-            draws=o.num_tangents,
+            draws=options.DRAWS if o.num_tangents is None else o.num_tangents,
             extra_calls=o.extra_calls,
             refresh=o.refresh,
             num_directions=o.num_directions,
             **common,
         )
     if o.propagation == "ensemble":
-        return Ensemble(members=o.num_tangents, **common)
+        return Ensemble(members=options.MEMBERS if o.num_tangents is None else o.num_tangents, **common)
     centered = o.propagation == "bayesdiff-centered"
     return BayesDiff(samples=o.recursion_samples, skip_interval=o.skip_interval, centered=centered, **common)
 
@@ -141,7 +141,9 @@ def draw_maps(o: MapOptions) -> None:
         laplace.save(o.out / "posterior")
     up = UncertaintyPipeline(pipe, laplace, propagation=propagation)
     call = call_of(pipe, wanted, show.seeded(o.seed, count))
-    draws = f" of {o.num_tangents} weight draws" if o.propagation in ("tangents", "ensemble") else ""
+    number = getattr(propagation, "draws", getattr(propagation, "members", None))
+    settings["num_tangents"] = number
+    draws = "" if number is None else f" of {number} weight draws"
     show.say(f"sampling {count} × {o.steps} steps with {o.propagation}{draws}")
     with show.timed(seconds, "sampling"):
         output = up(**call.keywords)

@@ -56,7 +56,7 @@ class Tangents(Settings):
             response is then interpolated as the denoiser's, which takes fewer calls.
     """
 
-    draws: int = 64
+    draws: int = 128
     extra_calls: float = 2.5
     refresh: int | None = None
     num_directions: int | None = None

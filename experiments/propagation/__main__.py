@@ -98,7 +98,7 @@ def judge(
 
     for budget in BUDGETS:
         run("tangents", f"K = {draws}, {budget}×", bayesdiff.Tangents(draws=draws, extra_calls=budget - 1))
-    run("tangents", "K = 64, default", bayesdiff.Tangents())
+    run("tangents", f"K = {bayesdiff.Tangents().draws}, default", bayesdiff.Tangents())
     if only_tangents:
         return rows
     clock = time.perf_counter()

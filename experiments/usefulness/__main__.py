@@ -25,12 +25,14 @@ PARTS: dict[str, Callable[[Folders, Size], list[dict[str, Any]]]] = {
     "ood": ood.run,
     "restoration": restoration.run,
     "filtering": filtering.run,
+    "filtering-earth": filtering.run_earth,
     "prompts": prompts.run,
 }
 SIZES = {
     "ood": Size(images=300),
     "restoration": Size(images=288),
     "filtering": Size(images=120, seeds=5, steps=10, draws=48),
+    "filtering-earth": Size(images=96, seeds=5, steps=10, draws=48),
     "prompts": Size(images=240, seeds=3, steps=10, draws=48),
 }
 COLUMNS = {
@@ -40,6 +42,9 @@ COLUMNS = {
         "spearman": ".3f", "images_spearman": ".3f", "ratio_rms": ".3f",
     },
     "filtering": {
+        "score": "", "measure": "", "value": ".3f", "chance": ".3f", "difference": ".3f", "difference_se": ".3f", "seeds": "d",
+    },
+    "filtering-earth": {
         "score": "", "measure": "", "value": ".3f", "chance": ".3f", "difference": ".3f", "difference_se": ".3f", "seeds": "d",
     },
     "prompts": {"kind": "", "score": "", "mean": ".4f", "se": ".4f", "auroc": ".3f", "prompts": "d"},
@@ -94,7 +99,7 @@ def plot(name: str, rows: list[dict[str, Any]]) -> Figure:
     """A panel for each set, task or measure; a bar with its standard error for each score."""
     panel, bar, value = {
         "ood": ("set", "score", "auroc"), "restoration": ("task", "map", "aurg"), "filtering": ("measure", "score", "difference"),
-        "prompts": ("score", "kind", "mean"),
+        "filtering-earth": ("measure", "score", "difference"), "prompts": ("score", "kind", "mean"),
     }[name]  # fmt: skip
     panels = list(dict.fromkeys(r[panel] for r in rows))
     bars = max(sum(r[panel] == p for r in rows) for p in panels)

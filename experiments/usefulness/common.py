@@ -1,9 +1,10 @@
-"""What the parts share: the models with their posteriors, controls, features of images, error bars."""
+"""What the parts share: the models with their posteriors, controls, images, error bars."""
 
 from __future__ import annotations
 
 import functools
 import gzip
+import io
 import pickle
 import zipfile
 from dataclasses import dataclass
@@ -12,15 +13,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
-from tqdm import tqdm
 
 import bayesdiff
-from bayesdiff.io import atomic_path
 from experiments.common import seeded
-from experiments.train_fashion_ddpm.train import fashion_mnist
 
 SHOWN = ("sandwich", "GGN", "diagonal EF")
 
@@ -140,79 +137,7 @@ def animals(wheel: Path, count: int) -> Tensor:
     """Silhouettes of animals from the wheel of ``animal-mnist``, in [−1, 1]."""
     with zipfile.ZipFile(wheel) as archive:
         raw = archive.read("animal_mnist/data/Animal_MNIST/animal_data_version_3.gz")
-    import io
-
     array = np.asarray(_Arrays(io.BytesIO(gzip.decompress(raw))).load(), dtype=np.float32)
     images = torch.from_numpy(array).reshape(-1, 1, *array.shape[1:3])
     order = torch.randperm(len(images), generator=seeded(0))[:count]
     return images[order] / max(1.0, float(images.max())) * 2 - 1
-
-
-# -------------------------------------------------------------------------------------------------- a feature space
-
-
-class Classifier(nn.Module):
-    """A small convolutional classifier of 28 × 28 images; 32 features before its last layer."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.body = nn.Sequential(
-            nn.Conv2d(1, 16, 3, 2, 1), nn.ReLU(), nn.Conv2d(16, 32, 3, 2, 1), nn.ReLU(), nn.Conv2d(32, 32, 3, 2, 1), nn.ReLU(),
-            nn.Flatten(), nn.Linear(512, 32), nn.Tanh(),
-        )  # fmt: skip
-        self.last = nn.Linear(32, 10)
-
-    def features(self, images: Tensor) -> Tensor:
-        """``(B, 32)`` of images in [−1, 1]."""
-        return self.body(images)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.last(self.features(images))
-
-
-def classifier(folders: Folders, epochs: float = 2.0) -> Classifier:
-    """Trained on Fashion-MNIST, and kept."""
-    path = folders.work / f"classifier-{epochs:g}.safetensors"
-    model = Classifier()
-    if path.exists():
-        model.load_state_dict(load_file(path))
-        return model.eval().requires_grad_(False)
-    torch.manual_seed(0)
-    model = Classifier()
-    images, labels = fashion_mnist(folders.fashion, "train")
-    optimizer = torch.optim.Adam(model.parameters(), 2e-3)
-    generator = seeded(0)
-    total = int(epochs * len(images) / 128)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total)
-    with torch.enable_grad():
-        for _ in tqdm(range(total), desc="classifier", mininterval=5):
-            rows = torch.randint(len(images), (128,), generator=generator)
-            x = images[rows][:, None].float() / 127.5 - 1
-            loss = F.cross_entropy(model(x), labels[rows])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-    folders.work.mkdir(parents=True, exist_ok=True)
-    with atomic_path(path) as temporary:
-        save_file(model.state_dict(), temporary)
-    return model.eval().requires_grad_(False)
-
-
-def frechet(features: Tensor, mean: Tensor, covariance: Tensor) -> float:
-    """Fréchet's distance of two Gaussians, ‖μ − μ'‖² + tr(Σ + Σ' − 2(ΣΣ')^½) (Heusel et al. 2017)."""
-    f = features.double()
-    m, c = f.mean(0), torch.cov(f.T)
-    cross = torch.linalg.eigvals(c @ covariance).real.clamp(min=0).sqrt().sum()
-    return float((m - mean).square().sum() + c.trace() + covariance.trace() - 2 * cross)
-
-
-def precision_recall(made: Tensor, real: Tensor, k: int = 3) -> tuple[float, float]:
-    """Improved precision and recall: shares inside the other's k-nearest-neighbour balls (Kynkäänniemi et al. 2019)."""
-
-    def covered(points: Tensor, by: Tensor) -> float:
-        own = torch.cdist(by, by)
-        radius = own.kthvalue(k + 1, dim=1).values
-        return float((torch.cdist(points, by) <= radius).any(1).double().mean())
-
-    return covered(made, real), covered(real, made)

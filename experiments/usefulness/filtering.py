@@ -1,9 +1,9 @@
 """Make 1.2 times as many images, drop the worst by a score: is what is left better than what chance leaves?
 
-The protocol of DIFF-UQ (De Vita & Belagiannis 2025) at a small size: Fréchet distance, precision and recall against
-Fashion-MNIST's test images, in the 32 features of a classifier trained on the data. Chance is the mean over many random
-drops of the same number, so a row says how far a score is from chance, seed by seed. A second use of the same scores:
-images that the classifier takes for another class than was asked for.
+The protocol of DIFF-UQ (De Vita & Belagiannis 2025) at a small size: Fréchet distance, precision and recall against held-out
+images, in features of a classifier trained on the data (Fashion-MNIST) or of EfficientNet-Lite0 (the earth). Chance is the mean
+over many random drops of the same number, so a row says how far a score is from chance, seed by seed. A second use of the same
+scores: images that the classifier takes for another class than was asked for.
 
 The semantic score is the variance of those features: the sampler and the classifier are one function, so it costs the same
 run.
@@ -21,77 +21,99 @@ from torchmetrics.functional.classification import binary_auroc
 import bayesdiff
 from experiments.common import seeded
 from experiments.train_fashion_ddpm.train import fashion_mnist
-from experiments.usefulness.common import (
-    Classifier,
-    Folders,
-    Size,
-    classifier,
-    edges,
-    fashion,
-    frechet,
-    posteriors,
-    precision_recall,
-    standard_error,
-)
+from experiments.usefulness.common import Folders, Size, earth, edges, fashion, posteriors, standard_error
+from experiments.usefulness.spaces import Classifier, EarthFeatures, Frechet, classifier, precision_recall
 
 KEEP = 1 / 1.2
 RANDOM_DROPS = 200
 BATCH = 40
+METHODS = ("tangents", "ggn", "ensemble", "bayesdiff")
+#: Of one seed: features of the images, which of them are taken for another class than was asked for, and all scores.
+Made = tuple[Tensor, Tensor | None, dict[str, Tensor]]
 
 
-def run(
-    folders: Folders, size: Size, methods: tuple[str, ...] = ("tangents", "ggn", "ensemble", "bayesdiff")
-) -> list[dict[str, Any]]:
-    """A row for each score and measure: mean over seeds, its standard error, and that of chance."""
+def run(folders: Folders, size: Size, methods: tuple[str, ...] = METHODS) -> list[dict[str, Any]]:
+    """Of ``fashion-ddpm``: a row for each score and measure."""
     model = classifier(folders)
     test, _ = fashion_mnist(folders.fashion, "t10k")
-    real = model.features(test[:, None].float() / 127.5 - 1).double()
-    mean, covariance = real.mean(0), torch.cov(real.T)
+    real = model.features(test[:, None].float() / 127.5 - 1)
+    return judged("fashion-ddpm", real, [garments(model, size, seed, methods) for seed in range(size.seeds)])
+
+
+def run_earth(folders: Folders, size: Size) -> list[dict[str, Any]]:
+    """Of ``earth-sd``: a row for each score and measure."""
+    _, data, _ = earth(size.fit)
+    heldout = (data.heldout.images + 1) / 2
+    model = EarthFeatures(heldout)
+    real = torch.cat([model(some) for some in heldout.split(64)])
+    return judged("earth-sd", real, [patches(model, size, seed) for seed in range(size.seeds)])
+
+
+def judged(name: str, real: Tensor, made: list[Made]) -> list[dict[str, Any]]:
+    """A row for each score and measure: mean over seeds, its standard error, and that of chance."""
+    distance = Frechet(real)
     found: dict[tuple[str, str], list[tuple[float, float]]] = {}
-    for seed in range(size.seeds):
-        features, wrong, scores = made(model, size, seed, methods)
+    for features, wrong, scores in made:
         keep = round(len(features) * KEEP)
         chance = [
-            measures(features[torch.randperm(len(features), generator=seeded(s))[:keep]], real, mean, covariance)
-            for s in range(RANDOM_DROPS if size.images > 50 else 10)
+            measures(features[torch.randperm(len(features), generator=seeded(s))[:keep]], real, distance)
+            for s in range(RANDOM_DROPS if len(features) > 50 else 10)
         ]
         base = {k: sum(c[k] for c in chance) / len(chance) for k in chance[0]}
-        for name, score in scores.items():
-            least = measures(features[score.argsort()[:keep]], real, mean, covariance)
+        for score, values in scores.items():
+            least = measures(features[values.argsort()[:keep]], real, distance)
             for key, value in least.items():
-                found.setdefault((name, key), []).append((value, base[key]))
-            if bool(wrong.any()) and not bool(wrong.all()):
-                ranks = score.argsort().argsort().double() / len(score)
-                found.setdefault((name, "AUROC of a wrong class"), []).append(
-                    (float(binary_auroc(ranks, wrong.long())), 0.5)
-                )
+                found.setdefault((score, key), []).append((value, base[key]))
+            if wrong is not None and bool(wrong.any()) and not bool(wrong.all()):
+                ranks = values.argsort().argsort().double() / len(values)
+                auroc = float(binary_auroc(ranks, wrong.long()))
+                found.setdefault((score, "AUROC of a wrong class"), []).append((auroc, 0.5))
     rows = []
-    for (name, key), pairs in found.items():
-        values = torch.tensor(pairs, dtype=torch.float64)
-        difference = values[:, 0] - values[:, 1]
+    for (score, key), pairs in found.items():
+        both = torch.tensor(pairs, dtype=torch.float64)
+        difference = both[:, 0] - both[:, 1]
         rows.append(
             {
-                "score": name, "measure": key, "value": float(values[:, 0].mean()), "chance": float(values[:, 1].mean()),
-                "difference": float(difference.mean()), "difference_se": standard_error(difference), "seeds": len(pairs),
+                "model": name, "score": score, "measure": key, "value": float(both[:, 0].mean()),
+                "chance": float(both[:, 1].mean()), "difference": float(difference.mean()),
+                "difference_se": standard_error(difference), "seeds": len(pairs),
             }
         )  # fmt: skip
     return rows
 
 
-def measures(features: Tensor, real: Tensor, mean: Tensor, covariance: Tensor) -> dict[str, float]:
-    """Fréchet distance to all test images; precision and recall to as many of them as there are."""
-    precision, recall = precision_recall(features.double(), real[:: max(1, len(real) // len(features))])
-    return {"Fréchet distance": frechet(features, mean, covariance), "precision": precision, "recall": recall}
+def measures(features: Tensor, real: Tensor, distance: Frechet) -> dict[str, float]:
+    """Fréchet distance to all real images; precision and recall to as many of them as there are."""
+    some = real[:: max(1, len(real) // len(features))]
+    precision, recall = precision_recall(features.double(), some.double())
+    return {"Fréchet distance": distance(features), "precision": precision, "recall": recall}
 
 
-def made(
-    model: Classifier, size: Size, seed: int, methods: tuple[str, ...]
-) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Features of one seed's images, which of them the classifier takes for another class, and all their scores."""
+def scores_of(output: bayesdiff.UncertaintyOutput, images: Tensor) -> dict[str, Tensor]:
+    """All scores of a run that returns the images' numbers and, behind them, their features."""
+    variance, count = output.variance, images[0].numel()
+    std = variance[:, :count].sqrt()
+    return {
+        "weights: total variance": variance[:, :count].sum(1),
+        "weights: mean std": std.mean(1),
+        "weights: largest std": std.amax(1),
+        "weights: semantic": variance[:, count:].sum(1),
+        "edge density": edges(images).flatten(1).mean(1),
+        "brightness": images.flatten(1).mean(1),
+    }
+
+
+def together(parts: list[tuple[Tensor, dict[str, Tensor]]]) -> tuple[Tensor, dict[str, Tensor]]:
+    """Batches, one after the other."""
+    scores = {k: torch.cat([p[k].double() for _, p in parts]) for k in parts[0][1]}
+    return torch.cat([f for f, _ in parts]), scores
+
+
+def garments(model: Classifier, size: Size, seed: int, methods: tuple[str, ...]) -> Made:
+    """Images of the ten classes in turn, by DDIM."""
     pipe, _, posterior = fashion(size.fit)
     classes = [i % 10 for i in range(size.images)]
-    parts: dict[str, list[Tensor]] = {}
-    found: list[Tensor] = []
+    parts = []
     for first in range(0, size.images, BATCH):
         labels = torch.tensor(classes[first : first + BATCH])
         noise = torch.randn(len(labels), 1, 28, 28, generator=seeded(10_000 * (seed + 1) + first))
@@ -106,16 +128,7 @@ def made(
 
         tangents = bayesdiff.Tangents(draws=size.draws, schedule=pipe.scheduler)
         output = bayesdiff.propagate(sampler, pipe.unet, posterior, noise, propagation=tangents)
-        images, features = output.output[:, :784].view(-1, 1, 28, 28).clamp(0, 1), output.output[:, 784:]
-        std = output.std[:, :784]
-        scores = {
-            "weights: total variance": std.square().sum(1),
-            "weights: mean std": std.mean(1),
-            "weights: largest std": std.amax(1),
-            "weights: semantic": output.variance[:, 784:].sum(1),
-            "edge density": edges(images).flatten(1).mean(1),
-            "brightness": images.flatten(1).mean(1),
-        }
+        scores = scores_of(output, output.output[:, :784].view(-1, 1, 28, 28).clamp(0, 1))
         if "ggn" in methods:
             ggn = bayesdiff.propagate(sampler, pipe.unet, posteriors(posterior)["GGN"], noise, propagation=tangents)
             scores["GGN: total variance"] = ggn.variance[:, :784].sum(1)
@@ -130,9 +143,31 @@ def made(
             )
             theirs = run(labels.tolist(), latents=noise, num_inference_steps=size.steps, output_type="latent")
             scores["BayesDiff: total variance"] = theirs.variance.flatten(1).sum(1)
-        for key, value in scores.items():
-            parts.setdefault(key, []).append(value.double())
-        found.append(features)
-    features = torch.cat(found)
-    wrong = model.last(features).argmax(1) != torch.tensor(classes)
-    return features, wrong, {k: torch.cat(v) for k, v in parts.items()}
+        parts.append((output.output[:, 784:], scores))
+    features, all_scores = together(parts)
+    return features, model.last(features).argmax(1) != torch.tensor(classes), all_scores
+
+
+def patches(model: EarthFeatures, size: Size, seed: int) -> Made:
+    """Images of held-out captions, guidance 3, through the pipeline and its decoder."""
+    pipe, data, posterior = earth(size.fit)
+    pipe.set_progress_bar_config(disable=True)
+    order = torch.randperm(len(data.heldout.prompts), generator=seeded(seed))[: size.images].tolist()
+    parts = []
+    for first in range(0, len(order), BATCH):
+        prompts = [data.heldout.prompts[i] for i in order[first : first + BATCH]]
+        noise = torch.randn(len(prompts), 4, 16, 16, generator=seeded(10_000 * (seed + 1) + first))
+
+        def sampler(x: Tensor, prompts: list[str] = prompts) -> Tensor:
+            images = pipe(
+                prompts, latents=x, num_inference_steps=size.steps, guidance_scale=3.0, output_type="pt"
+            ).images
+            return torch.cat([images.flatten(1), model(images)], 1)
+
+        tangents = bayesdiff.Tangents(draws=size.draws, schedule=pipe.scheduler)
+        output = bayesdiff.propagate(sampler, pipe.unet, posterior, noise, propagation=tangents)
+        count = output.output.shape[1] - 32
+        images = output.output[:, :count].unflatten(1, (3, 64, 64))
+        parts.append((output.output[:, count:], scores_of(output, images)))
+    features, scores = together(parts)
+    return features, None, scores

@@ -15,8 +15,9 @@ from experiments import evidence, pages
 from experiments.train_fashion_ddpm.train import fashion_mnist
 from experiments.uncertainty_maps import __main__ as uncertainty_maps
 from experiments.usefulness import __main__ as usefulness
-from experiments.usefulness import common, filtering, ood, restoration
-from experiments.usefulness.common import Folders, Size, edges, frechet, precision_recall, seeded
+from experiments.usefulness import common, filtering, ood, restoration, spaces
+from experiments.usefulness.common import Folders, Size, edges, seeded
+from experiments.usefulness.spaces import EarthFeatures, Frechet, precision_recall
 
 #: Far too little of everything.
 pytestmark = pytest.mark.filterwarnings(
@@ -47,7 +48,8 @@ def folders(tmp_path_factory) -> Folders:
 def test_distances():
     made = torch.randn(4000, 3, generator=seeded(0), dtype=torch.float64) * torch.tensor([1.0, 2.0, 0.5]) + 1
     exact = 3 + sum((a - 1) ** 2 for a in (1, 2, 0.5))  # of commuting covariances: Σ (σ − σ')²
-    assert frechet(made, torch.zeros(3).double(), torch.eye(3).double()) == pytest.approx(exact, rel=0.05)
+    plain = torch.randn(40_000, 3, generator=seeded(2), dtype=torch.float64)
+    assert Frechet(plain)(made) == pytest.approx(exact, rel=0.05)
     real = torch.randn(200, 3, generator=seeded(1))
     assert precision_recall(real, real) == (1, 1)
     precision, recall = precision_recall(real[:50] * 0.01, real)
@@ -55,6 +57,20 @@ def test_distances():
     assert recall < 0.1
     ramp = torch.arange(8.0).expand(1, 1, 8, 8)
     torch.testing.assert_close(edges(ramp)[..., 1:-1], torch.ones(1, 1, 8, 6))
+
+
+def test_features_of_the_earth():
+    """Images that look alike are near each other; the projection is of the images' own mean and directions."""
+    _, data = bayesdiff.zoo.load("earth-sd")
+    images = (data.heldout.images[:48] + 1) / 2
+    model = EarthFeatures(images)
+    found = model(images)
+    assert found.shape == (48, 32)
+    torch.testing.assert_close(found.mean(0), torch.zeros(32), atol=1e-4, rtol=0)
+    products = found.T @ found
+    torch.testing.assert_close(products, products.diagonal().diag(), atol=1e-3 * float(products.max()), rtol=0)
+    brighter = model((images * 1.05).clamp(0, 1))
+    assert float((brighter - found).norm()) < 0.5 * float((found - found.roll(1, 0)).norm())
 
 
 def test_auroc_of_a_score():
@@ -84,7 +100,7 @@ def test_usefulness(tmp_path, monkeypatch, folders):
     monkeypatch.setattr(usefulness, "SIZES", dict.fromkeys(usefulness.PARTS, SIZE))
     monkeypatch.setitem(usefulness.PARTS, "ood", ood.of_fashion)
     monkeypatch.setitem(usefulness.PARTS, "filtering", lambda f, s: filtering.run(f, s, ("bayesdiff",)))
-    monkeypatch.setattr(filtering, "classifier", lambda f: common.classifier(f, 1.0))
+    monkeypatch.setattr(filtering, "classifier", lambda f: spaces.classifier(f, 1.0))
     monkeypatch.setattr(restoration, "SPREAD", 3)
     for only in (["ood"], ["restoration", "filtering"]):
         usefulness.main(only=only, data=folders.fashion, work=folders.work, out=tmp_path)
