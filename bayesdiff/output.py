@@ -34,6 +34,8 @@ class UncertaintyOutput:
         residual: For tangents, an estimate of the relative error that too few network calls make in the map, one number for
             each sample, from how well each measurement of the network's response is predicted by the others; above 0.5 there
             is a warning. None for other methods, and with fewer than two measurements.
+        decoder_residual: For tangents behind a decoder, the relative difference between its answer to one more draw and what its
+            tangents say, of the worst sample; above 0.5 there is a warning. NaN otherwise.
         selfcheck: For tangents, the relative difference between them and two runs that were moved to both sides.
         trajectory: If asked for, the sample after each step and its variance, in the network's space.
         factors: If asked for, F ``(K, …)`` float32 in the units of the result: the covariance of any two of its numbers is
@@ -52,6 +54,7 @@ class UncertaintyOutput:
     steps: list[Gaussian] = field(default_factory=list)
     exact_steps: list[bool] = field(default_factory=list)
     residual: Tensor | None = None
+    decoder_residual: float = float("nan")
     selfcheck: float = float("nan")
     trajectory: list[Gaussian] | None = None
     factors: Tensor | None = None

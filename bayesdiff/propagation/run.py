@@ -181,10 +181,12 @@ class UncertainRun:
         selfcheck, residual = run.selfcheck.run(first, self.again()), run.residual()
         if self.scheduler is not None:  # which keeps what a plain run leaves in it
             self.session.replay(lambda *_: None, lambda *_: None, self.again())
-        warn(residual, settings)
+        bend = max(run.bends, default=float("nan"))
+        warn(residual, settings, bend)
         return UncertaintyOutput(
             output, variance.float(), **self._counts(), **predicted, latents=steps[-1] if steps else None,
-            residual=residual, selfcheck=selfcheck, trajectory=steps if settings.trajectory and steps else None,
+            residual=residual, decoder_residual=bend, selfcheck=selfcheck,
+            trajectory=steps if settings.trajectory and steps else None,
             factors=torch.cat(factors) if factors else None, denoising=run.denoising(),
         )  # fmt: skip
 

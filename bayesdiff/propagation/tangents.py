@@ -84,6 +84,8 @@ class TangentRun:
         self._draws = slice(None)
         #: Whether a decoder is called for every draw: where what it returns meets what did not pass through it.
         self.every = False
+        #: How far decoders are from what their tangents say of one more draw, relative, of the worst row of each.
+        self.bends: list[float] = []
 
     @property
     def responder(self) -> Responder:
@@ -283,7 +285,22 @@ class TangentRun:
         images = entered.derivatives(
             unit, torch.where(length > 0, length, 1.0), self.settings.directions_per_call, central=every and self.exact
         )
-        return entered.returned.unpack((norm * images).to(self.dtype))
+        images = norm * images
+        if self._draws.start == 0:
+            self.bends.append(self._bend(entered, rows, images))
+        return entered.returned.unpack(images.to(self.dtype))
+
+    def _bend(self, entered: Entered, rows: Tensor, images: Tensor) -> float:
+        """One more evaluation, along a mixture of all directions as large as a draw, against what they say of it together."""
+        signs = torch.randint(2, rows.shape[1:2], generator=item_generator(2, 0)).to(rows) * 2 - 1
+        mixture = signs @ rows / rows.shape[1] ** 0.5
+        if not bool(mixture.any()):
+            return 0.0
+        typical = rows.square().sum((1, 2)).div(self.draws).sqrt().unsqueeze(1)
+        found = entered.derivatives(mixture.unsqueeze(1), typical)[:, 0]
+        told = (signs @ images) / rows.shape[1] ** 0.5
+        apart = (found - told).square().sum(1) / torch.where(told.any(1), told.square().sum(1), 1.0)
+        return float(apart.max().sqrt())
 
     def _attach(
         self, box: Box, n: int, args: Any, kwargs: Any, output: Any, total: list[Tensor | None] | list[Tensor]
@@ -296,8 +313,14 @@ class TangentRun:
             self.selfcheck.remember(box, n, args, kwargs, output, list(total))
 
 
-def warn(residual: Tensor | None, settings: Tangents) -> None:
-    """Say so where the network's response was not known well enough."""
+def warn(residual: Tensor | None, settings: Tangents, decoder: float = 0.0) -> None:
+    """Say so where the response of the network, or of a decoder, was not known well enough."""
+    if decoder > LARGE:
+        warnings.warn(
+            f"the decoder bends within the deviations: expected an answer to one more draw within {LARGE:g} of what its tangents "
+            f'say, got a relative difference of {decoder:.2g}; the map may be far off, use propagation="ensemble"',
+            BayesdiffWarning, stacklevel=5,
+        )  # fmt: skip
     if residual is None or bool((residual <= LARGE).all()):
         return
     warnings.warn(

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
+
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKLWan
 from torch import nn
 
 import bayesdiff as bd
 from bayesdiff.checks import BayesdiffWarning, UnsupportedPipelineError
 from bayesdiff.head.find import find_head
 from tests import cases
+from tests.pipelines.build import CASES
+from tests.pipelines.judge import posterior_of
 
 #: Networks without training need more calls than others: maps are what is looked at here, not how good they are.
 pytestmark = pytest.mark.filterwarnings("ignore:the network's response is not well known")
@@ -166,3 +172,26 @@ def test_what_passed_a_decoder_beside_what_did_not(network, posterior, form):
     torch.testing.assert_close(out.std[:, :64], alone.std.flatten(1))
     torch.testing.assert_close(out.std[:, 64:], every.std)
     assert out.other_calls > every.other_calls
+
+
+@pytest.mark.parametrize(("width", "bends"), [(2, True), (16, False)])
+def test_a_decoder_that_bends_within_the_deviations_is_told(width, bends):
+    """Two channels over their norm are nearly a step: Wan's decoder, as narrow as it can be made, and a wider one."""
+    pipe = next(c for c in CASES if c.name == "wan-unipc").make()
+    torch.manual_seed(0)
+    pipe.vae = AutoencoderKLWan(
+        base_dim=width, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True]
+    ).eval()
+    up = bd.UncertaintyPipeline(pipe, posterior_of(pipe), propagation=bd.Tangents(draws=6, decoder_calls=4))
+    up.deviations = up.deviations * 1e-3
+    case = next(c for c in CASES if c.name == "wan-unipc")
+    with pytest.warns(BayesdiffWarning, match="decoder bends") if bends else contextlib.nullcontext():
+        out = up(**case.call(pipe, torch.Generator().manual_seed(0)))
+    assert (out.decoder_residual > 1) is bends
+    assert out.decoder_residual < 0.1 or bends
+    assert out.other_calls == 4 + 1
+
+
+def test_without_a_decoder_there_is_nothing_to_say_of_one(network, posterior):
+    out = bd.propagate(sampler(network), network, posterior, x(), propagation=bd.Tangents(draws=4))
+    assert math.isnan(out.decoder_residual)
