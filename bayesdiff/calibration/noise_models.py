@@ -33,6 +33,9 @@ SCALES = ("constant", "tweedie", "log-linear")
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 #: Steps of Fisher scoring, at most, and the relative decrease of the loss that ends it.
 ITERATIONS, CONVERGED = 40, 1e-8
+#: The shape of what is left is found in so many parts of the images, each by a model of the others: with two, these models saw
+#: half of the images, are worse than the one of all, and their residuals too wide for it.
+FOLDS = 8
 #: A measured variance is no less than this share of the mean squared residual.
 FLOOR = 0.01
 #: Levels of noise are divided by their standard deviation, or by this where they are nearly one.
@@ -148,7 +151,8 @@ class LogLinear:
         trend: γ, ``(C, 3)``.
         center: Mean and standard deviation of the level in the fit.
         ridge: Of :data:`RIDGES`, that was chosen.
-        left_out: The variance at each position of the fit, by a model of that ridge that did not see its image, ``(n, C)``.
+        left_out: The variance at each position of the fit, by a model of that ridge that did not see its image but most of the
+            others, ``(n, C)``.
     """
 
     weights: Tensor
@@ -163,8 +167,9 @@ class LogLinear:
         tried = []
         for ridge in RIDGES:
             found = out_of_fold(sample, lambda part, r=ridge: cls._with(part, r))  # type: ignore[misc]
-            tried.append((float((found.log() + sample.residual.square() / found).mean()), ridge, found))
-        _, ridge, left_out = min(tried, key=lambda one: one[0])
+            tried.append((float((found.log() + sample.residual.square() / found).mean()), ridge))
+        ridge = min(tried)[1]
+        left_out = out_of_fold(sample, lambda part: cls._with(part, ridge), FOLDS)
         return replace(cls._with(sample, ridge), left_out=left_out)
 
     @classmethod
@@ -278,15 +283,15 @@ def fit_noise(sample: Sample, scale: str, shapes: Sequence[str] = SHAPES) -> dic
     return {shape: Noise(found, fit_shape(z, shape)) for shape in shapes}
 
 
-def out_of_fold(sample: Sample, fit: Callable[[Sample], Scale]) -> Tensor:
-    """The variance of each half of the images by what was fitted to the other half, ``(n, C)``."""
+def out_of_fold(sample: Sample, fit: Callable[[Sample], Scale], folds: int = 2) -> Tensor:
+    """The variance of each part of the images by what was fitted to the other parts, ``(n, C)``."""
     images, rank = torch.unique(sample.image, return_inverse=True)
     if len(images) < 2:
         raise EmptyDataError("expected at least two images to fit a noise model to, got one")
-    even = rank % 2 == 0
     out = torch.empty_like(sample.residual)
-    for half in (even, ~even):
-        out[half] = fit(sample[~half]).of_sample(sample[half])
+    for fold in range(min(folds, len(images))):
+        part = rank % folds == fold
+        out[part] = fit(sample[~part]).of_sample(sample[part])
     return out
 
 

@@ -155,7 +155,8 @@ def test_a_stretched_shape_is_that_of_a_stretched_number() -> None:
     torch.testing.assert_close(shape.crps(z), 0.6 * StudentT(5.0).crps(z / 0.6))
 
 
-def test_out_of_fold_variances_do_not_know_their_own_images() -> None:
+@pytest.mark.parametrize(("folds", "expected"), [(2, 2), (8, 8), (50, 20)])
+def test_out_of_fold_variances_do_not_know_their_own_images(folds: int, expected: int) -> None:
     rows, _ = observed(20)
     part = sample(rows, 5)
     seen: list[set[int]] = []
@@ -171,8 +172,8 @@ def test_out_of_fold_variances_do_not_know_their_own_images() -> None:
         def of_rows(self, geometry: HeadGeometry, rows: Observed) -> Tensor:
             raise AssertionError
 
-    out = out_of_fold(part, lambda half: Kept(half.image))
-    assert seen == [set(), set()]
+    out = out_of_fold(part, lambda others: Kept(others.image), folds)
+    assert seen == [set()] * expected
     assert bool((out == math.pi).all())
 
 
