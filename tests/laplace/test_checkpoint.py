@@ -104,7 +104,7 @@ def test_sigkill(tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     kills = 0
     for at_least in (2, 6):
-        with subprocess.Popen([*command, "0.3", str(tmp_path / "never")], env=environment) as process:
+        with subprocess.Popen([*command, "0.1", str(tmp_path / "never")], env=environment) as process:
             deadline = time.monotonic() + 120
             while time.monotonic() < deadline and process.poll() is None:
                 index = tmp_path / "c/checkpoint.json"

@@ -234,8 +234,8 @@ def test_redrawing_halves_the_standard_deviation_of_a_trained_model(shipped):
     """Errors that are taken as independent average out; one network's are not and do not."""
     pipe, posterior = shipped
     shared, redrawn = (
-        bd.UncertaintyPipeline(pipe, posterior, propagation=bd.Ensemble(members=10, redraw=redraw))(
-            ["sneaker", "bag"], generator=cases.seeds(0, 1), num_inference_steps=12, output_type="pt"
+        bd.UncertaintyPipeline(pipe, posterior, propagation=bd.Ensemble(members=8, redraw=redraw))(
+            ["sneaker", "bag"], generator=cases.seeds(0, 1), num_inference_steps=8, output_type="pt"
         )
         for redraw in (False, True)
     )

@@ -289,11 +289,11 @@ def test_the_ensemble_of_a_function(mlp: tuple[Mlp, Denoiser, LaplacePosterior])
     net, denoiser, posterior = mlp
     wide = posterior.recut(prior_precision=1e4)
     x = 10 * noise(4, 10)
-    members = bd.propagate(heun_of_edm, net, wide, denoiser, x, SIGMAS, propagation=bd.Ensemble(members=400))
+    members = bd.propagate(heun_of_edm, net, wide, denoiser, x, SIGMAS, propagation=bd.Ensemble(members=200))
     tangents = bd.propagate(heun_of_edm, net, wide, denoiser, x, SIGMAS, propagation=bd.Tangents(draws=352))
-    assert members.calls == 401 * members.plain_calls + 1
+    assert members.calls == 201 * members.plain_calls + 1
     ratio = tangents.std / members.std
-    assert float((ratio - 1).abs().mean()) < 0.06  # √(1/800) each, and the linearisation
+    assert float((ratio - 1).abs().mean()) < 0.075  # √(1/400) and √(1/704), and the linearisation
     assert members.steps == []
 
 

@@ -1,0 +1,116 @@
+"""Writes the tables of README and docs/propagation.md from the results files.
+
+python -m experiments.readme
+"""
+
+from __future__ import annotations
+
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from experiments.pages import NOT_RUN, markdown, read, written
+
+PAGES = (Path("README.md"), Path("docs/propagation.md"))
+MODELS = ("fashion-ddpm", "fashion-4step", "earth-sd", "earth-sd3")
+
+
+def is_default(row: dict[str, Any]) -> bool:
+    return row["detail"].endswith("default")
+
+
+def accuracy(_: str) -> str:
+    """Correlation and ratio of means: samplers × the default, budgets and ensembles."""
+    found = read("propagation")
+    if found is None:
+        return NOT_RUN
+    lines, head = [], ["sampler"]
+    for sampling, group in groupby(found["results"], lambda r: r["sampling"]):
+        rows = [r for r in group if r["method"] == "tangents"] + [
+            r for r in found["results"] if r["sampling"] == sampling and r["detail"] in ("M = 4", "M = 32")
+        ]
+        rows.sort(key=lambda r: not is_default(r))
+        head = ["sampler", *(f"**{r['detail']}**" if is_default(r) else f"{r['method']}, {r['detail']}" for r in rows)]
+        cells = (f"{r['correlation']:.3f}, {r['ratio']:.2f}, {r['calls_ratio']:.1f}×" for r in rows)
+        lines.append([sampling, *cells])
+    return markdown(head, lines)
+
+
+def samplers(_: str) -> str:
+    """Every row that was measured."""
+    found = read("propagation")
+    if found is None:
+        return NOT_RUN
+    lines = []
+    for row in found["results"]:
+        name = f"{row['method']}, {row['detail']}" + (", against redrawn" if row.get("against") == "redrawn" else "")
+        name = f"**{name}**" if is_default(row) else name
+        if "refused" in row:
+            lines.append([row["sampling"], name, "refused", *[""] * 5])
+            continue
+        lines.append([
+            row["sampling"], name, f"{row['calls_ratio']:.1f}×", f"{row['correlation']:.3f} ± {row['correlation_sd']:.3f}",
+            f"{row['ratio']:.2f} ± {row['ratio_sd']:.2f}", f"{row['relative_l2']:.2f}", f"{row['rank_correlation']:.2f}",
+            f"{row['negative']:.0%}",
+        ])  # fmt: skip
+    head = "sampler,method,calls,correlation,ratio of means,relative L2,rank corr. of images,negative"
+    return markdown(head.split(","), lines)
+
+
+def span(values: list[float], digits: int) -> str:
+    return f"{min(values):.{digits}f}–{max(values):.{digits}f}"
+
+
+def refits(_: str) -> str:
+    """Of one step: the sandwich that is told M, and the plain GGN, against refits; the worst and best timestep."""
+    lines = []
+    for model in MODELS:
+        found = read("posterior_check" + ("" if model == "fashion-ddpm" else "_" + model.replace("-", "_")))
+        if found is None:
+            continue
+        rows = {n: [r for r in found["results"]["agreement"] if r["posterior"] == n] for n in ("M is told", "ggn")}
+        lowest = min(rows["M is told"], key=lambda r: r["log_correlation"])
+        ceilings = {r["t"]: r["log_correlation"] for r in found["results"].get("halves", ())}
+        told = ceilings.get(lowest["t"])
+        lines.append([
+            f"`{model}`", str(found["settings"]["refits"]), span([r["ratio"] for r in rows["M is told"]], 2),
+            span([r["log_correlation"] for r in rows["M is told"]], 3),
+            f"{lowest['t']}" + (f" (halves of the refits: {told:.3f})" if told is not None else ""),
+            span([r["ratio"] for r in rows["ggn"]], 2),
+        ])  # fmt: skip
+    head = [
+        "model",
+        "refits",
+        "variance / that of the refits",
+        "log-correlation",
+        "lowest at t =",
+        "plain GGN / refits",
+    ]
+    return markdown(head, lines) if lines else NOT_RUN
+
+
+def maps(_: str) -> str:
+    """Of the decoded and few-step models: default tangents, and half of the reference against the other."""
+    lines = []
+    for model in MODELS:
+        found = read(f"zoo_maps/{model}")
+        if found is None:
+            continue
+        halves, *rows = found["results"]
+        for r in rows:
+            name = r["method"].removeprefix("tangents, ")
+            lines.append([
+                f"`{model}`", f"**{name}**" if name.endswith("default") else name,
+                f"{r['correlation']:.3f} ± {r['correlation_sd']:.3f}", f"{r['ratio']:.2f} ± {r['ratio_sd']:.2f}",
+                f"{r['worst']:.2f}", f"{r['calls_ratio']:.1f}×", str(r["decoder_calls"]), f"{halves['correlation']:.3f}",
+            ])  # fmt: skip
+    head = "model,tangents,correlation,ratio,worst of eight,network calls,decoder calls,halves of the reference"
+    return markdown(head.split(","), lines) if lines else NOT_RUN
+
+
+TABLES = {"accuracy": accuracy, "samplers": samplers, "refits": refits, "maps": maps}
+
+
+if __name__ == "__main__":
+    for page in PAGES:
+        page.write_text(written(page.read_text(encoding="utf-8"), TABLES), encoding="utf-8")
