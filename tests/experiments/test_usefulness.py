@@ -11,7 +11,6 @@ import pytest
 import torch
 
 import bayesdiff
-from experiments import evidence, pages
 from experiments.train_fashion_ddpm.train import fashion_mnist
 from experiments.uncertainty_maps import __main__ as uncertainty_maps
 from experiments.usefulness import __main__ as usefulness
@@ -125,11 +124,3 @@ def test_uncertainty_maps(tmp_path):
     assert 0 < share["weights, mean over seeds"] < 0.5
     assert results["tangents"]["ratio"] == pytest.approx(1, abs=0.5)
     assert (tmp_path / "uncertainty_maps.png").stat().st_size > 10_000
-
-
-def test_tables_of_the_pages(tmp_path, monkeypatch):
-    """A table that is not run yet says so; all markers of the pages are known."""
-    monkeypatch.setattr("experiments.common.RESULTS", tmp_path)
-    for page in evidence.PAGES:
-        text = pages.written(page.read_text(encoding="utf-8"), evidence.TABLES)
-        assert "Not run yet." in text or "<!-- table" not in text
