@@ -23,8 +23,8 @@ from torch.utils._pytree import tree_map
 
 from bayesdiff.checks import ArgumentError, BayesdiffError, UnsupportedPipelineError
 from bayesdiff.fitting.seen import alike
+from bayesdiff.tracing.boxes import Box, over
 from bayesdiff.tracing.dual import DualNumbers
-from bayesdiff.tracing.network import Box, over
 from bayesdiff.tracing.step import OnStep, Spy, as_it_is, call_step, previous_sample
 from bayesdiff.tracing.tail import BASE
 

@@ -17,7 +17,7 @@ import torch
 
 from bayesdiff.checks import UnsupportedSchedulerError
 from bayesdiff.diffusion.parametrization import alpha_sigma, clean_coefficients, is_flow, prediction_type
-from bayesdiff.tracing.network import Call
+from bayesdiff.tracing.record import Call
 
 #: α is taken to be no less than this.
 LEAST_ALPHA = 1e-4

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from bayesdiff.checks import check_finite
-from bayesdiff.tracing.network import Box, Session
+from bayesdiff.tracing.boxes import Box
+from bayesdiff.tracing.network import Session
 from bayesdiff.tracing.rerun import tensors
 from bayesdiff.tracing.rows import Rows, repeated
 

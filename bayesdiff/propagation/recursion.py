@@ -45,8 +45,9 @@ from bayesdiff.propagation.returned import returned
 from bayesdiff.propagation.settings import BayesDiff
 from bayesdiff.propagation.steps import row_features
 from bayesdiff.rng import item_generator
+from bayesdiff.tracing.boxes import Box
 from bayesdiff.tracing.dual import DualNumbers
-from bayesdiff.tracing.network import Box, Session
+from bayesdiff.tracing.network import Session
 from bayesdiff.tracing.step import Probe, Step, call_step, previous_sample
 
 #: How much of a step may come from earlier ones, relative to what comes from this.

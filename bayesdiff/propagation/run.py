@@ -30,7 +30,9 @@ from bayesdiff.propagation.returned import returned
 from bayesdiff.propagation.settings import BayesDiff, Ensemble, Settings, Tangents
 from bayesdiff.propagation.steps import Direct, DrawnVariance, branches, step_variance
 from bayesdiff.propagation.tangents import TangentRun, warn
-from bayesdiff.tracing.network import Call, Session, modules_of
+from bayesdiff.tracing.boxes import modules_of
+from bayesdiff.tracing.network import Session
+from bayesdiff.tracing.record import Call
 from bayesdiff.tracing.rerun import Rerun, tensors
 from bayesdiff.tracing.step import OnStep, Probe, Spy, Step, call_step, previous_sample
 

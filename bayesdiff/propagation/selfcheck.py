@@ -17,8 +17,9 @@ from torch import Tensor
 from bayesdiff.checks import BayesdiffWarning, UnsupportedPipelineError
 from bayesdiff.propagation.returned import values
 from bayesdiff.tracing.before_clamp import BeforeClamp
+from bayesdiff.tracing.boxes import Box
 from bayesdiff.tracing.dual import DualNumbers
-from bayesdiff.tracing.network import Box, Session
+from bayesdiff.tracing.network import Session
 from bayesdiff.tracing.rerun import tensors
 
 #: h δx is so large, relative to x.

@@ -11,7 +11,9 @@ from torch import Tensor
 from bayesdiff.head.geometry import HeadGeometry
 from bayesdiff.laplace.posterior import LaplacePosterior
 from bayesdiff.propagation.responder import Branches
-from bayesdiff.tracing.network import Box, Call, Session
+from bayesdiff.tracing.boxes import Box
+from bayesdiff.tracing.network import Session
+from bayesdiff.tracing.record import Call
 from bayesdiff.tracing.rerun import tensors
 from bayesdiff.tracing.step import Step, call_step
 

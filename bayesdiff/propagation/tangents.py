@@ -42,8 +42,9 @@ from bayesdiff.propagation.selfcheck import SelfCheck
 from bayesdiff.propagation.settings import Tangents
 from bayesdiff.propagation.steps import Direct
 from bayesdiff.rng import item_generator
+from bayesdiff.tracing.boxes import Box
 from bayesdiff.tracing.memory import give_back
-from bayesdiff.tracing.network import Box, Session
+from bayesdiff.tracing.network import Session
 from bayesdiff.tracing.rerun import tensors
 
 #: Directions are chosen from no more draws than these; of large samples, from as many as take no more bytes, or the fewest.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from bayesdiff.tracing.derivatives import operation
+from bayesdiff.tracing.derivatives.registry import operation
 from bayesdiff.tracing.dual import DualNumbers
 
 #: What becomes of a clamped tensor when another tensor is added is a sampler's business: its clamp is not the last.
@@ -48,7 +48,7 @@ class BeforeClamp(DualNumbers):
         if isinstance(before, Tensor) and isinstance(out, Tensor) and out.shape == before.shape and not seen:
             with torch._C.DisableTorchFunction(), torch.no_grad():
                 past = before.to(torch.promote_types(out.dtype, torch.float32))
-                self._write(out, torch.zeros(1, *out.shape, dtype=past.dtype, device=out.device), past[None])
+                self.shadows.write(out, torch.zeros(1, *out.shape, dtype=past.dtype, device=out.device), past[None])
         return out
 
 

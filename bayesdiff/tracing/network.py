@@ -8,86 +8,24 @@ inputs differ from those of the first run is an error.
 
 from __future__ import annotations
 
-import functools
-import math
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from itertools import zip_longest
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_flatten_with_path, tree_leaves, tree_unflatten
+from torch import nn
 
 from bayesdiff.checks import NotRepeatableError, UnsupportedPipelineError, check_finite
 from bayesdiff.head.find import Head
+from bayesdiff.tracing.boxes import Box, methods_of, over
 from bayesdiff.tracing.dual import DualNumbers
-from bayesdiff.tracing.rerun import Rerun, copied, reachable, same_state, tensors
-from bayesdiff.tracing.rows import check_rows, in_rows, number_of_rows
-from bayesdiff.tracing.tail import Tail, reading
+from bayesdiff.tracing.record import Call, check_same, scalars_of, sums_of
+from bayesdiff.tracing.rerun import Rerun, copied, same_state, tensors
+from bayesdiff.tracing.rows import check_rows, first_row_moved, in_lists, in_rows, number_of_rows, other_rows
+from bayesdiff.tracing.tail import reading
 
 #: Features of a run that take more bytes than this are kept in half precision; a map then changes by less than half a per cent.
 KEPT = 2**26
-#: A tensor among the arguments with no more numbers than this may be a timestep or a noise level.
-SMALL = 64
-
-_lock = threading.Lock()
-
-
-@dataclass
-class Call:
-    """What is kept of one call of a module.
-
-    Args:
-        output: What it returned, tensors copied.
-        sums: Two sums over every tensor among its arguments, to recognise them by.
-        scalars: Small numeric arguments by their place, ``(1,)`` or ``(R,)`` float64 on the CPU.
-        kept: φ, what entered the head, divided by a scale where it is kept in half precision.
-        scale: That scale; 0 where φ is kept as it was.
-        tail: From the head's output to the network's.
-        rounding: ε of the coarsest arithmetic that was seen in the call.
-        agreement: ⟨x, f⟩ of the first tensor that entered and the first that came out, where they have one shape.
-    """
-
-    output: Any
-    sums: list[float]
-    scalars: dict[str, Tensor]
-    kept: Tensor | None = None
-    scale: float = 0.0
-    tail: Tail | None = None
-    rounding: float = 0.0
-    agreement: float = 0.0
-
-    @property
-    def features(self) -> Tensor:
-        """φ, in the dtype that it had, or float32."""
-        assert self.kept is not None
-        return self.kept if self.scale == 0 else self.kept.float() * self.scale
-
-    def shrink(self) -> None:
-        """Keep φ in half precision from now on."""
-        if self.kept is not None and self.kept.dtype == torch.float32:
-            self.scale = 2.0 ** math.ceil(math.log2(float(self.kept.abs().amax()) or 1.0))
-            self.kept = (self.kept / self.scale).half()
-
-
-class Box:
-    """A module's method, whose calls are recorded and replayed.
-
-    Args:
-        name: For messages.
-        module: The module.
-        method: ``"forward"``, or another method that is called from outside.
-    """
-
-    def __init__(self, name: str, module: nn.Module, method: str = "forward") -> None:
-        self.name, self.module, self.method = name, module, method
-        self.original: Callable[..., Any] = getattr(module, method)
-        self.calls: list[Call] = []
-        self.position = 0
-
 
 Handler = Callable[[Box, int, tuple[Any, ...], dict[str, Any], Any], None]
 
@@ -122,7 +60,7 @@ class Session:
         self.others = [
             Box(name if method == "forward" else f"{name}.{method}", module, method)
             for name, module in distinct.values()
-            for method in _methods(module)
+            for method in methods_of(module)
         ]
         #: Evaluations of the network so far, and of the other modules.
         self.evaluations = self.other_evaluations = 0
@@ -240,7 +178,7 @@ class Session:
         try:
             with self.trace.paused(), torch.no_grad():  # the function may have turned gradients on
                 if self._checked:
-                    _same(box, n, call, args, kwargs)
+                    check_same(box.name, n, call, args, kwargs)
                 if box is self.network and not self._asked and n == asked_again(len(box.calls), self.evaluations):
                     self._ask_again(box, call.output, args, kwargs)
                 output = copied(call.output)
@@ -252,7 +190,7 @@ class Session:
             self._inside = False
 
     def _record(self, box: Box, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        sums, scalars = _sums(args, kwargs), _scalars(args, kwargs)
+        sums, scalars = sums_of(args, kwargs), scalars_of(args, kwargs)
         self._inside = True
         try:
             if box is not self.network:
@@ -304,18 +242,18 @@ class Session:
         """
         if id(box) not in self._coupled:
             self._coupled[id(box)] = False
-            moved = _first_row_moved(args, kwargs, output)
+            moved = first_row_moved(args, kwargs, output)
             if moved is not None:
                 again = self.evaluate(box, *moved)
-                listed = _listed(args, kwargs, output)
-                pairs = zip(_other_rows(output, listed), _other_rows(again, listed), strict=True)
+                listed = in_lists(args, kwargs, output)
+                pairs = zip(other_rows(output, listed), other_rows(again, listed), strict=True)
                 self._coupled[id(box)] = any(not torch.equal(a, b) for a, b in pairs)
         return self._coupled[id(box)]
 
     def _ask_again(self, box: Box, known: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A call of the record once more, after all others: a network with a memory answers otherwise."""
         self._asked = True
-        if _first_row_moved(args, kwargs, known) is not None and not self.coupled(box, args, kwargs, known):
+        if first_row_moved(args, kwargs, known) is not None and not self.coupled(box, args, kwargs, known):
             return  # the other rows have answered as before
         again = tensors(self.evaluate(box, args, kwargs))
         for one, other in zip(tensors(known), again, strict=True):
@@ -340,124 +278,3 @@ def asked_again(calls: int, evaluations: int) -> int:
         return 100 if distance < 2 else (distance % 2 == 0) * 4 + (distance % 3 == 0) * 2 + (distance % 5 == 0)
 
     return min(range(calls), key=rhythms)
-
-
-def _first_row_moved(args: Any, kwargs: Any, output: Any) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """The arguments with the first row of the first tensor moved; None where there are no rows."""
-    leaves, spec = tree_flatten((args, kwargs))
-    found = [f for f in tensors(output) if f.is_floating_point()]
-    i = next((i for i, x in enumerate(leaves) if isinstance(x, Tensor) and x.ndim > 1 and x.is_floating_point()), None)
-    if i is None or not found:
-        return None
-    leaves[i] = leaves[i].clone()
-    row = leaves[i]
-    if not _listed(args, kwargs, output):
-        if any(f.ndim < 2 or len(f) != len(leaves[i]) for f in found) or len(found[0]) < 2:
-            return None
-        row = row[0]
-    row += 0.1 * row.abs().mean() + 0.01
-    moved: tuple[tuple[Any, ...], dict[str, Any]] = tree_unflatten(leaves, spec)
-    return moved
-
-
-def _listed(args: Any, kwargs: Any, output: Any) -> bool:
-    """Whether rows are tensors of their own, in lists."""
-    found = [f for f in tensors(output) if f.is_floating_point()]
-    given = [x for x in tensors((args, kwargs)) if x.ndim > 1 and x.is_floating_point()][: len(found)]
-    return len(given) == len(found) > 1 and len({x.shape for x in given}) == len({f.shape for f in found}) == 1
-
-
-def _other_rows(output: Any, listed: bool) -> list[Tensor]:
-    """All but the first."""
-    found = [f for f in tensors(output) if f.is_floating_point()]
-    return found[1:] if listed else [f[1:] for f in found]
-
-
-@contextmanager
-def over(box: Box, call: Callable[[Box, tuple[Any, ...], dict[str, Any]], Any]) -> Iterator[None]:
-    """``call`` in the place of a module's method, on the instance; what was there before comes back."""
-    attributes = box.module.__dict__
-
-    @functools.wraps(box.original)
-    def wrapper(*args: Any, **kwargs: Any) -> Any:
-        return call(box, args, kwargs)
-
-    wrapper._bayesdiff = True  # type: ignore[attr-defined]
-    with _lock:
-        before = attributes.get(box.method)
-        if getattr(before, "_bayesdiff", False):
-            raise UnsupportedPipelineError(
-                f"expected one run of {box.name} at a time, got another in this or another thread: give each thread a network of "
-                "its own, or a lock"
-            )
-        attributes[box.method] = wrapper
-    try:
-        yield
-    finally:
-        with _lock:
-            if before is None:
-                del attributes[box.method]
-            else:
-                attributes[box.method] = before
-
-
-def _methods(module: nn.Module) -> list[str]:
-    """``forward`` and the public methods that come with the class that defines it."""
-    found = ["forward"]
-    for cls in type(module).__mro__:
-        for name, value in vars(cls).items():
-            if callable(value) and not isinstance(value, type) and name[0] != "_" and name not in found:
-                found.append(name)
-        if "forward" in vars(cls):
-            break
-    return found
-
-
-def modules_of(run: Rerun, args: tuple[Any, ...], kwargs: dict[str, Any], network: nn.Module) -> dict[str, nn.Module]:
-    """The modules that a function is given or brings along, but for those that are, hold or belong to the network."""
-    found: dict[str, nn.Module] = {}
-    own = set(map(id, network.modules()))
-    for value in tree_leaves((args, kwargs, list(reachable(run.function)))):
-        if isinstance(value, nn.Module) and id(value) not in own and not own & set(map(id, value.modules())):
-            found.setdefault(f"{type(value).__name__} ({len(found)})", value)
-    unique = {id(m): name for name, m in reversed(found.items())}
-    return {name: m for name, m in found.items() if unique[id(m)] == name}
-
-
-def _sums(args: Any, kwargs: Any) -> list[float]:
-    with torch.no_grad():
-        values = [x.detach() for x in tensors((args, kwargs)) if not x.is_complex() and x.numel() and not x.is_meta]
-        return [v for x in values for v in (float(x.double().sum()), float(x.double().square().sum()))]
-
-
-def _scalars(args: Any, kwargs: Any) -> dict[str, Tensor]:
-    """Numbers and small tensors among the arguments."""
-    found: dict[str, Tensor] = {}
-    for path, leaf in tree_flatten_with_path((args, kwargs))[0]:
-        if isinstance(leaf, bool) or not isinstance(leaf, int | float | Tensor):
-            continue
-        value = torch.as_tensor(leaf).detach()
-        if value.is_complex() or value.numel() == 0 or value.is_meta:
-            continue
-        flat = value.flatten().double().cpu() if value.numel() <= SMALL else value.flatten()
-        if value.numel() > SMALL:
-            if value.ndim > 2 or not bool((flat == flat[0]).all()):
-                continue
-            flat = flat[:1].double().cpu()
-        found[str(path)] = flat[:1] if bool((flat == flat[0]).all()) else flat
-    return found
-
-
-def _same(box: Box, n: int, call: Call, args: Any, kwargs: Any) -> None:
-    sums = _sums(args, kwargs)
-    if sums != call.sums and not _both_nan(sums, call.sums):
-        one, other = next(pair for pair in zip_longest(sums, call.sums) if pair[0] != pair[1])
-        raise NotRepeatableError(
-            f"expected call {n} of {box.name} to have the inputs of the first run, got others (a sum of {one} instead of "
-            f"{other}): the sampler draws noise from a source of its own, or remembers something between runs; give it "
-            "its noise through generator= or a noise sampler with a seed"
-        )
-
-
-def _both_nan(one: list[float], other: list[float]) -> bool:
-    return len(one) == len(other) and all(a == b or (a != a and b != b) for a, b in zip(one, other, strict=True))

@@ -1,7 +1,8 @@
 """The rows of a network call: which numbers of its tensors belong to which sample.
 
 A network takes a batch and gives each row what it would give that row alone. Its tensors have the rows first, ``(R, …)``; some
-networks take and return lists instead, one tensor a row. What is of neither form is one row.
+networks take and return lists instead, one tensor a row. What is of neither form is one row. Whether rows act on each other is
+seen by moving the first.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from bayesdiff.checks import UnsupportedPipelineError
+from bayesdiff.tracing.rerun import tensors
 
 
 @dataclass(frozen=True)
@@ -139,3 +141,34 @@ def check_rows(by_row: Any, together: Any, network: nn.Module) -> None:
             f"of {apart:.3g} (allowed: {allowed:.3g}): its rows depend on each other, or an argument that is not by row has "
             f"as many elements as there are rows; use batch_invariant=False"
         )
+
+
+def first_row_moved(args: Any, kwargs: Any, output: Any) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """The arguments with the first row of the first tensor moved; None where there are no rows."""
+    leaves, spec = tree_flatten((args, kwargs))
+    found = [f for f in tensors(output) if f.is_floating_point()]
+    i = next((i for i, x in enumerate(leaves) if isinstance(x, Tensor) and x.ndim > 1 and x.is_floating_point()), None)
+    if i is None or not found:
+        return None
+    leaves[i] = leaves[i].clone()
+    row = leaves[i]
+    if not in_lists(args, kwargs, output):
+        if any(f.ndim < 2 or len(f) != len(leaves[i]) for f in found) or len(found[0]) < 2:
+            return None
+        row = row[0]
+    row += 0.1 * row.abs().mean() + 0.01
+    moved: tuple[tuple[Any, ...], dict[str, Any]] = tree_unflatten(leaves, spec)
+    return moved
+
+
+def other_rows(output: Any, listed: bool) -> list[Tensor]:
+    """All but the first."""
+    found = [f for f in tensors(output) if f.is_floating_point()]
+    return found[1:] if listed else [f[1:] for f in found]
+
+
+def in_lists(args: Any, kwargs: Any, output: Any) -> bool:
+    """Whether rows are tensors of their own, in lists."""
+    found = [f for f in tensors(output) if f.is_floating_point()]
+    given = [x for x in tensors((args, kwargs)) if x.ndim > 1 and x.is_floating_point()][: len(found)]
+    return len(given) == len(found) > 1 and len({x.shape for x in given}) == len({f.shape for f in found}) == 1

@@ -22,7 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bayesdiff.tracing.network import Box, Session
+from bayesdiff.tracing.boxes import Box
+from bayesdiff.tracing.network import Session
 from bayesdiff.tracing.rerun import tensors
 
 #: No more network calls than this are told apart in one step.

@@ -10,7 +10,7 @@ import torch
 
 from bayesdiff.diffusion.parametrization import alpha_sigma, target
 from bayesdiff.propagation.coordinates import Coordinates, branch_order, levels
-from bayesdiff.tracing.network import Call
+from bayesdiff.tracing.record import Call
 
 
 def normal(*shape, seed=0):

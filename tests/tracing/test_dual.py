@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from bayesdiff.checks import ArgumentError, ShapeError, UnsupportedPipelineError
-from bayesdiff.tracing.derivatives import leaves
-from bayesdiff.tracing.dual import KEPT_ESCAPES, DualNumbers
+from bayesdiff.tracing.derivatives.call import leaves
+from bayesdiff.tracing.dual import DualNumbers
+from bayesdiff.tracing.escapes import KEPT_ESCAPES
 
 L = 3
 
@@ -1172,11 +1173,11 @@ def test_memory_of_an_array_is_used_again() -> None:
             assert dual.tangents(other) is None
             dual.escapes.clear()
             del array, kept, other
-    assert len(dual._handed) < 4
+    assert len(dual.shadows.handed) < 4
     fresh = torch.zeros(A, dtype=torch.float64)
-    ((_, size, entry), *_) = dual._handed
+    ((_, size, entry), *_) = dual.shadows.handed
     assert entry.ref.expired()
-    dual._handed = [(fresh.data_ptr(), size, entry)]
+    dual.shadows.handed = [(fresh.data_ptr(), size, entry)]
     assert dual.tangents(fresh) is None  # at the very same place
 
 
@@ -1464,12 +1465,12 @@ def test_entries_are_forgotten() -> None:
             y = x * 0.9 + 0.1
             y[0] = y[1].sin()
             x = torch.cat([y[1:], y[:1]])
-            most = max(most, len(dual._entries))
+            most = max(most, len(dual.shadows.entries))
             if n % 100 == 0:
                 x = x.clone().sort().values
     assert most < 20
     gc.collect()
-    shadows = [e.shadow.data for e in dual._entries.values()]
+    shadows = [e.shadow.data for e in dual.shadows.entries.values()]
     assert sum(s.numel() for s in shadows) <= 20 * L * x.numel()
 
 
@@ -1477,12 +1478,12 @@ def test_many_entries_are_kept_and_forgotten() -> None:
     dual, x, _ = start(4)
     with dual:
         kept = [x * n for n in range(500)]
-        assert len(dual._entries) >= 501
+        assert len(dual.shadows.entries) >= 501
         assert all(torch.equal(dual.tangents(k), dual.tangents(x) * n) for n, k in enumerate(kept))
         del kept
         for _ in range(20):
             x * 1
-    assert len(dual._entries) < 10
+    assert len(dual.shadows.entries) < 10
 
 
 def test_new_memory_never_inherits_tangents() -> None:
@@ -1584,7 +1585,7 @@ def test_schedulers(name: str, settings: dict[str, Any]) -> None:
     assert torch.equal(out, sample(name, settings, single))
     assert dual.tangents(out).dtype == torch.float32
     assert dual.escapes == []
-    assert len(dual._entries) < 40
+    assert len(dual.shadows.entries) < 40
     with Uncast():
         (want,) = differences(lambda v: sample(name, settings, v), [x], [t], h=3e-6)
         out, dual, _ = traced(lambda v: sample(name, settings, v), [x], [t])

@@ -10,8 +10,9 @@ from torch import nn
 
 from bayesdiff.checks import NonFiniteError, NotRepeatableError, UnsupportedPipelineError
 from bayesdiff.head.find import find_head
+from bayesdiff.tracing.boxes import modules_of
 from bayesdiff.tracing.dual import DualNumbers
-from bayesdiff.tracing.network import Session, modules_of
+from bayesdiff.tracing.network import Session
 from bayesdiff.tracing.rerun import Rerun
 from tests import cases
 
