@@ -81,6 +81,8 @@ class UncertainRun:
             return self._tangents(output, self.settings)
         finally:
             self.run.settle()
+            self.steps.clear()
+            self.session.release()
 
     def again(self, on_step: OnStep | None = None) -> Callable[..., Any] | None:
         """The function for later runs: a pipe without its progress bar, whose scheduler's steps are seen."""

@@ -120,6 +120,14 @@ class Session:
         with self._installed(), torch.no_grad(), self.trace:
             return self.run(function)
 
+    def release(self) -> None:
+        """Forget all runs. They refer to each other, and would stay in memory until Python's collector happens to come."""
+        self._on_network = self._on_component = None
+        self.trace = DualNumbers()
+        self._states.clear()
+        for box in (self.network, *self.others):
+            box.calls.clear()
+
     def decoded(self) -> bool:
         """Whether another module was called behind the last network call of the last replay."""
         return self._behind
