@@ -40,9 +40,10 @@ from bayesdiff.head.identity import NetworkIdentity
 from bayesdiff.laplace.covariance import AMPLIFIED, Covariance, amplification
 from bayesdiff.laplace.cut import cut
 from bayesdiff.laplace.evidence import evidence_prior_precision, log_evidence
-from bayesdiff.laplace.links import LINK_APPROXIMATIONS, Link, push_deviations
+from bayesdiff.laplace.links import LINK_APPROXIMATIONS, Link
 from bayesdiff.laplace.links import link as find_link
 from bayesdiff.laplace.predictive import closed_variance, monte_carlo
+from bayesdiff.laplace.push import push_deviations
 from bayesdiff.laplace.saved import fingerprint, read_posterior, write_posterior
 from bayesdiff.laplace.statistics import Statistics
 from bayesdiff.laplace.structure import COVARIANCES, STRUCTURES, TOLERANCE, build

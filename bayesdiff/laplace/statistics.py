@@ -24,6 +24,7 @@ from torch import Tensor
 
 from bayesdiff.checks import ArgumentError, EmptyDataError, PosteriorFileError, ShapeError, check_finite, check_int
 from bayesdiff.head.geometry import HeadGeometry
+from bayesdiff.head.sums import add_gram, add_weighted_gram, outer_products
 from bayesdiff.io import read_folder, write_folder
 from bayesdiff.laplace.loss import Loss, Squares, as_loss, from_dict, to_dict
 from bayesdiff.laplace.sketch import MARKS, Sketch, known_again, marks_of
@@ -199,11 +200,11 @@ class Statistics:
         by_channel = r.movedim(channel, 1).reshape(len(r), self.geometry.out_channels, -1)  # (B, C, P)
         for b in bins.unique().tolist():
             chosen = bins == b
-            self.geometry.add_gram(x if bool(chosen.all()) else x[chosen], self.gram[b])
+            add_gram(self.geometry, x if bool(chosen.all()) else x[chosen], self.gram[b])
         self.squared_residuals.index_add_(0, bins, by_channel.square().sum(2))
         self.positions.index_add_(0, bins, by_channel.new_full(bins.shape, float(by_channel.shape[2])))
         r = self._add_curvature(x, r, by_channel, bins, None if weights is None else weights.to(r))
-        return self.geometry.outer(x, r)
+        return outer_products(self.geometry, x, r)
 
     def _add_curvature(self, x: Tensor, r: Tensor, by_channel: Tensor, bins: Tensor, weights: Tensor | None) -> Tensor:
         """Add the curvature of the loss; returns wψ(r), shaped as r. All by row of the inputs."""
@@ -222,7 +223,7 @@ class Statistics:
         self.squared_scores.index_add_(0, bins, square.sum(2, dtype=torch.float64))
         for b in bins.unique().tolist():
             chosen = bins == b
-            self.geometry.add_weighted_gram(x[chosen], slope[chosen].mean(1), self.curvature[b])
+            add_weighted_gram(self.geometry, x[chosen], slope[chosen].mean(1), self.curvature[b])
         return score
 
     def merge(self, other: Statistics, *, same_images: bool = False) -> Statistics:
