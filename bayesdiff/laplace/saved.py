@@ -5,12 +5,9 @@ Of a posterior only what prediction needs.
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
-
-from torch import Tensor
 
 from bayesdiff.checks import EmptyDataError, PosteriorFileError
 from bayesdiff.head.geometry import HeadGeometry
@@ -33,11 +30,6 @@ PLAIN = (
 )  # fmt: skip
 #: Tensors of the same name.
 TENSORS = ("mean", "spectrum", "weights", "noise_variance", "origins")
-
-
-def fingerprint(weight: Tensor) -> str:
-    """SHA-256 of a head's weights ``(C, D)`` as float64 bytes."""
-    return hashlib.sha256(weight.detach().cpu().double().contiguous().numpy().tobytes()).hexdigest()
 
 
 def write_posterior(posterior: LaplacePosterior, folder: str | os.PathLike[str]) -> None:
