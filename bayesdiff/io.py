@@ -12,7 +12,7 @@ import os
 import platform
 import secrets
 import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from bayesdiff.checks import PosteriorFileError, check_output_folder
+from bayesdiff.checks import PosteriorFileError, ShapeError, check_finite, check_output_folder
 
 #: Bytes of the largest JSON file that is read.
 LARGEST_JSON = 2**24
@@ -176,6 +176,17 @@ def read_named(file: Path, digest: str) -> dict[str, Tensor]:
     with safe_open(file, "pt") as tensors:
         # Copied: tensors within the file's bytes are not aligned as others are, and would be summed in another order.
         return {key: tensors.get_tensor(key).clone() for key in tensors.keys()}  # noqa: SIM118
+
+
+def fitting(name: str, value: Tensor, shape: Sequence[int], dtype: torch.dtype = torch.float64) -> Tensor:
+    """A tensor of a file, if it has the shape and dtype that it should have and finite numbers.
+
+    Raises:
+        ShapeError, NonFiniteError: It has not.
+    """
+    if tuple(value.shape) != tuple(shape) or value.dtype != dtype:
+        raise ShapeError(f"expected {name} as {dtype} {tuple(shape)}, got {value.dtype} {tuple(value.shape)}")
+    return check_finite(name, value)
 
 
 def digest_of(file: Path) -> str:

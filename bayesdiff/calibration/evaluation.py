@@ -28,7 +28,7 @@ from bayesdiff.calibration.shapes import Prediction
 from bayesdiff.checks import ArgumentError, EmptyDataError, check_choice, check_int
 from bayesdiff.data import images_for
 from bayesdiff.fitting.by_call import Call
-from bayesdiff.fitting.regression import source_of
+from bayesdiff.fitting.source import source_of
 from bayesdiff.laplace.posterior import LaplacePosterior
 from bayesdiff.rng import base_seed
 

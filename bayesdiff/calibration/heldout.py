@@ -22,9 +22,9 @@ from bayesdiff.diffusion.noising import noised
 from bayesdiff.diffusion.parametrization import alpha_sigma, is_flow, is_reversed, prediction_type
 from bayesdiff.diffusion.tweedie import target_variance
 from bayesdiff.fitting.by_call import check_images
-from bayesdiff.fitting.regression import Source, training_timesteps
 from bayesdiff.fitting.samples import Clean
 from bayesdiff.fitting.seen import Seen
+from bayesdiff.fitting.source import Source, training_timesteps
 from bayesdiff.rng import item_generator
 
 #: Added to α and σ in a level, which is finite then.

@@ -17,7 +17,7 @@ from bayesdiff.cli.models import load_model
 from bayesdiff.cli.results import write_record
 from bayesdiff.data import images_for
 from bayesdiff.fitting.one_step import features
-from bayesdiff.fitting.regression import training_timesteps
+from bayesdiff.fitting.source import training_timesteps
 from bayesdiff.head.find import denoiser
 from bayesdiff.laplace.links import link
 from bayesdiff.laplace.posterior import LaplacePosterior

@@ -15,25 +15,22 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map
 
-from bayesdiff.checks import ArgumentError, BayesdiffError, BayesdiffWarning, ShapeError, UnsupportedPipelineError
+from bayesdiff.checks import ArgumentError, BayesdiffWarning, ShapeError, UnsupportedPipelineError
 from bayesdiff.diffusion.parametrization import check_levels
-from bayesdiff.fitting.compare import ALIKE, encoder_of, occurrences, rows_alike, same_arguments, unlike_others
-from bayesdiff.fitting.driven import ERRORS, DrivenPipe, Watched
+from bayesdiff.fitting.compare import encoder_of, occurrences, rows_alike, unlike_others
+from bayesdiff.fitting.driven import DrivenPipe, Watched
 from bayesdiff.fitting.keywords import Keywords
+from bayesdiff.fitting.probe import Probe
 from bayesdiff.fitting.repeats import Repeats
 from bayesdiff.fitting.samples import Clean, Encoder, are_pixels
 from bayesdiff.fitting.seen import Observer, Seen, alike
 from bayesdiff.fitting.told import Told
-from bayesdiff.head.numbers import tensor_of
 
 #: Shares of T: two timesteps at which a pipeline is looked at; others where another network is called at these.
 LOOKED_AT = ((0.25, 0.75), (0.85, 0.95), (0.02, 0.1))
-#: And those at which it is asked how the network is told t.
+#: Shares at which it is asked how the network is told t.
 ASKED_AT = (0.25, 0.75, 0.03, 0.5, 0.98)
-#: Steps with one sample and timestep, which must be alike.
-REPEATED = 9
 #: The most steps that a pipeline is asked for in one run: some schedulers have no more (LCM's 50).
 STEPS = 32
 
@@ -61,6 +58,7 @@ class ByPipe:
         self.keywords = Keywords(pipe, network, given)
         self.repeats = Repeats(network)
         self.driven = DrivenPipe(pipe, network, mean=encode == "mean")
+        self.probe = Probe(self.driven, self.keywords, observer)
         self.scheduler = pipe.scheduler if scheduler is None else scheduler
         self.space, self.drawn = space, encode == "sample"
         self.together = True
@@ -191,10 +189,7 @@ class ByPipe:
 
     def _encoding(self, watched: Watched, conditioning: Mapping[str, Any]) -> Encoder:
         last = torch.randn(watched.sample.shape, generator=torch.Generator().manual_seed(0)).to(watched.sample)
-        return Encoder(watched, self.driven.watch(self._call(conditioning, [0], 2), last), last)
-
-    def _call(self, conditioning: Mapping[str, Any], rows: list[int], steps: int) -> dict[str, Any]:
-        return self.keywords.call(conditioning, rows, rows, steps)
+        return Encoder(watched, self.driven.watch(self.probe.call(conditioning, [0], 2), last), last)
 
     def _watch(self, images: Tensor, conditioning: Mapping[str, Any]) -> Watched:
         """A plain run of one row, at the size of the data."""
@@ -202,39 +197,15 @@ class ByPipe:
         sides = {k: v for k, v in sides.items() if k in self.keywords.parameters and k not in self.keywords.given}
         if self._pixels or self._vae is None:
             self.keywords.size = sides
-        watched = self._one(conditioning)
+        watched = self.probe.one(conditioning)
         if not self._pixels and self._vae is not None and images.shape[1:] != watched.sample.shape[1:] and sides:
             self.keywords.size = {k: 8 * v for k, v in sides.items()}  # and how much smaller samples are
-            made = self._one(conditioning).sample.shape[2:]
+            made = self.probe.one(conditioning).sample.shape[2:]
             if len(made) == images.ndim - 2:
                 found = dict(zip(("width", "height", "num_frames"), reversed(made), strict=False))
                 self.keywords.size = {k: max(1, 8 * v * v // found[k]) for k, v in sides.items()}
-                watched = self._one(conditioning)
+                watched = self.probe.one(conditioning)
         return watched
-
-    def _one(self, conditioning: Mapping[str, Any]) -> Watched:
-        """A plain run of one row; the head is found in it, where its name is not known."""
-        original = self.driven.stub
-
-        def stub(network: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            if self.observer.known is None:
-                self.observer.find(lambda: network(*args, **{**kwargs, **self.keywords.inputs(conditioning, [0])}))
-            return original(network, args, kwargs)
-
-        vars(self.driven)["stub"] = stub
-        try:
-            return self.driven.watch(self._call(conditioning, [0], 2))
-        except (ArgumentError, UnsupportedPipelineError):
-            if not self.keywords.own_generators or "generator" not in self.keywords.parameters:
-                raise
-            self.keywords.own_generators = False  # some take one generator only
-            try:
-                return self.driven.watch(self._call(conditioning, [0], 2))
-            except BayesdiffError:
-                self.keywords.own_generators = True
-                return self.driven.watch(self._call(conditioning, [0], 2))
-        finally:
-            del vars(self.driven)["stub"]
 
     def _follow(self, images: Tensor, conditioning: Mapping[str, Any], sized: bool = False) -> Watched:
         """Guidance off, x unchanged at the network, and whether rows may have timesteps of their own."""
@@ -243,7 +214,7 @@ class ByPipe:
             self.keywords.guidance = settings
             rows, self.together, self.told = [0, min(1, len(images) - 1)], True, None
             try:
-                watched = self._one(conditioning) if sized else self._watch(images, conditioning)
+                watched = self.probe.one(conditioning) if sized else self._watch(images, conditioning)
                 check_levels(watched.scheduler, watched.timesteps)
                 if not self._pixels and images.shape[1:] != watched.sample.shape[1:]:
                     self._unlike(images.shape[1:], watched)
@@ -251,10 +222,10 @@ class ByPipe:
                 for shares in LOOKED_AT:
                     times = self._times(watched, shares)
                     try:
-                        alone = self._arguments(conditioning, rows, list(times), x)
+                        alone = self.probe.arguments(conditioning, rows, list(times), x)
                     except UnsupportedPipelineError:  # one image at a time
                         x, rows, self.together = x[:1], rows[:1], False
-                        alone = self._arguments(conditioning, rows, list(times), x)
+                        alone = self.probe.arguments(conditioning, rows, list(times), x)
                     if all(alone):
                         break
             except (ArgumentError, UnsupportedPipelineError) as error:
@@ -276,78 +247,20 @@ class ByPipe:
             )
         if branches != 1:
             self._refuse(branches)
-        self._repeated(conditioning, rows, times[0], x)
+        self.probe.check_repeated(conditioning, rows, times[0], x, self._most())
         if len(rows) == 1:
             return watched
         try:
-            (together,) = self._arguments(conditioning, rows, [times], x)
+            (together,) = self.probe.arguments(conditioning, rows, [times], x)
             self.together = rows_alike(together, alone[0], alone[1])
         except (ArgumentError, UnsupportedPipelineError):
             self.together = False
         if not self.together:
-            self._tell(conditioning, rows, watched, x)
-        if self.together and not self._alone_alike(conditioning, rows, times, x):
+            self.told = self.probe.tells(conditioning, rows, self._times(watched, ASKED_AT), x)
+            self.together = self.told is not None
+        if self.together and not self.probe.alone_alike(conditioning, rows, times, x, self.told is not None):
             self.together, self.told = False, None
         return watched
-
-    def _repeated(self, conditioning: Mapping[str, Any], rows: list[int], time: Tensor, x: Tensor) -> None:
-        """Whether steps with the same sample and timestep are told the same: nothing else goes along or changes by step."""
-        first, *later = self._arguments(conditioning, rows, [time] * min(REPEATED, self._most()), x)
-        if not all(same_arguments(first, step) for step in later):
-            raise UnsupportedPipelineError(
-                f"expected {type(self.pipe).__name__} to give {type(self.network).__name__} the same in each step with the same "
-                "sample and timestep, got other arguments in a later one: it carries something else along (a second sample, "
-                "noise levels by step, inputs that end early); fit the network, with scheduler=… and call=…"
-            )
-
-    def _alone_alike(self, conditioning: Mapping[str, Any], rows: list[int], times: Tensor, x: Tensor) -> bool:
-        """Whether the network returns of a row among others what it does of it alone: padding of prompts may not be masked."""
-        found: list[Tensor] = []
-
-        def on_network(n: int, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            output = original(*args, **kwargs)
-            found.append(tensor_of(output)[:1].double())
-            return output
-
-        for chosen in (rows, rows[:1]):
-            count = len(chosen)
-            try:
-                self.driven.run(
-                    self._call(conditioning, chosen, 2), [times[0] if self.told else times[:1].expand(count)],
-                    lambda _, c=count: x[:c] / 64, on_network, lambda *_: None,  # type: ignore[misc]
-                )  # fmt: skip
-            except UnsupportedPipelineError:
-                return True  # it is not run alone
-        among, alone = found[0], found[-1]
-        if among.shape != alone.shape:
-            return True
-        coarse = float(torch.finfo(x.dtype).eps)
-        return float((among - alone).abs().max()) <= max(ALIKE, 30 * coarse) * float(alone.abs().max())
-
-    def _tell(self, conditioning: Mapping[str, Any], rows: list[int], watched: Watched, x: Tensor) -> None:
-        """Whether the network can be told a timestep for each row, where the pipeline tells it one."""
-        times = self._times(watched, ASKED_AT)
-        told = Told.read(self._arguments(conditioning, rows, list(times), x), times.tolist())
-        if told is None:
-            return
-        apart: list[float] = []
-
-        def on_network(n: int, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            one = original(*args, **kwargs)
-            args, kwargs = told.replace(args, kwargs, times[:1].expand(len(rows)))
-            try:
-                each, plain = tensor_of(original(*args, **kwargs)).double(), tensor_of(one).double()
-                apart.append(float((each - plain).abs().max() / plain.abs().max().clamp(min=1e-12)))
-            except torch.OutOfMemoryError:
-                raise
-            except ERRORS:  # it takes one number only
-                apart.append(float("inf"))
-            return one
-
-        keywords = self._call(conditioning, rows, 2)
-        self.driven.run(keywords, [times[0]], lambda _: x / 64, on_network, lambda *_: None)
-        if max(apart) <= ALIKE:
-            self.together, self.told = True, told
 
     def _times(self, watched: Watched, shares: tuple[float, ...]) -> Tensor:
         """Timesteps at these shares of T."""
@@ -369,22 +282,3 @@ class ByPipe:
             f"{', '.join(dict.fromkeys(n for s in self.keywords.unguided() for n in s)) or 'none'} turns it off; fit the "
             "network, with scheduler=… and call=…"
         )
-
-    def _arguments(
-        self, conditioning: Mapping[str, Any], rows: list[int], timesteps: list[Tensor], x: Tensor
-    ) -> list[list[Any]]:
-        """What the network is given in steps at these timesteps."""
-        found: list[list[Any]] = [[] for _ in timesteps]
-
-        def on_network(n: int, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            leaves = tree_flatten((args, kwargs))[0]
-            found[n] += [leaf.detach().clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-            # Not zeros: what else a pipeline steps would stay where it is.
-            return tree_map(
-                lambda f: f + n + 1 if isinstance(f, Tensor) and f.is_floating_point() else f,
-                self.driven.stub(original, args, kwargs),
-            )
-
-        keywords = self._call(conditioning, rows, len(timesteps) + 1)
-        self.driven.run(keywords, timesteps, lambda _: x, on_network, lambda *_: None)
-        return found

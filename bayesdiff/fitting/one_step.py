@@ -13,8 +13,8 @@ from bayesdiff.checks import ArgumentError, ShapeError, UnsupportedPipelineError
 from bayesdiff.data import images_for
 from bayesdiff.diffusion.noising import noised
 from bayesdiff.fitting.by_call import Call, check_images
-from bayesdiff.fitting.regression import source_of, training_timesteps
 from bayesdiff.fitting.seen import Seen
+from bayesdiff.fitting.source import source_of, training_timesteps
 from bayesdiff.head.compiled import uncompiled
 from bayesdiff.head.find import Head
 from bayesdiff.rng import normal

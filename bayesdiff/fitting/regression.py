@@ -12,29 +12,24 @@ import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
-from torch import Generator, Tensor, nn
+from torch import Generator, Tensor
 from tqdm.auto import tqdm
 
 from bayesdiff.checks import (
     ArgumentError,
     EmptyDataError,
     SketchWarning,
-    UnsupportedSchedulerError,
-    check_choice,
     check_int,
 )
-from bayesdiff.data import images_for, modules_of
-from bayesdiff.data.sources import Batch
+from bayesdiff.data import images_for
 from bayesdiff.diffusion.density import Density, as_density
-from bayesdiff.diffusion.noising import draw, noised
 from bayesdiff.diffusion.weighting import P2, MinSNR, as_weighting
-from bayesdiff.fitting.by_call import ByCall, Call, check_images
-from bayesdiff.fitting.by_pipe import ByPipe
-from bayesdiff.fitting.samples import Clean
-from bayesdiff.fitting.seen import Observer, Seen
+from bayesdiff.fitting.by_call import Call, check_images
+from bayesdiff.fitting.seen import Seen
+from bayesdiff.fitting.source import source_of, training_timesteps
+from bayesdiff.fitting.steps import Steps, smaller
 from bayesdiff.head.compiled import uncompiled
-from bayesdiff.head.find import check_eval, denoiser, find_head
+from bayesdiff.head.find import find_head
 from bayesdiff.head.identity import NetworkIdentity
 from bayesdiff.head.loaded import placement
 from bayesdiff.laplace.checkpoint import Checkpoint, Journal, identity, named, told
@@ -44,12 +39,8 @@ from bayesdiff.laplace.posterior import LaplacePosterior
 from bayesdiff.laplace.sketch import ROWS
 from bayesdiff.laplace.statistics import Statistics
 from bayesdiff.laplace.training import choose_draws
-from bayesdiff.rng import base_seed, item_generator
+from bayesdiff.rng import base_seed
 
-Source = ByPipe | ByCall
-
-#: Numbers that the noise and the noisy samples of a batch of images may have.
-HELD = 2**26
 #: Bytes that the gradients of single draws may take before they are sketched.
 KEPT = 2**30
 
@@ -246,34 +237,6 @@ def fit(
     )
 
 
-def source_of(
-    pipe_or_model: Any, *, head: str | None, scheduler: Any, call: Call | None, pipe_kwargs: Mapping[str, Any] | None,
-    space: str | None, encode: str,
-) -> Source:  # fmt: skip
-    """What runs a network: its pipeline, or a call of the network alone.
-
-    Raises:
-        ArgumentError: A setting is out of range, or the network, or another of the pipe's, is in training mode.
-    """
-    check_choice("encode", encode, ("sample", "mean"))
-    if space is not None:
-        check_choice("space", space, ("pixels", "samples"))
-    network = denoiser(pipe_or_model, head)
-    observer = Observer(pipe_or_model, network, head)
-    check_eval(network)
-    own = getattr(pipe_or_model, "scheduler", None)
-    if own is not None and call is None and not isinstance(pipe_or_model, nn.Module) and callable(pipe_or_model):
-        for name, part in modules_of(pipe_or_model).items():
-            check_eval(part, f"the pipe's {name}")
-        return ByPipe(pipe_or_model, network, observer, pipe_kwargs, space, encode, scheduler)
-    if pipe_kwargs:
-        raise ArgumentError("expected pipe_kwargs beside a pipeline that is called, got them beside a network")
-    scheduler = own if scheduler is None else scheduler
-    if scheduler is None:
-        raise ArgumentError("expected a pipeline, or scheduler=… beside a bare network, got neither")
-    return ByCall(network, observer, scheduler, call)
-
-
 def settle(statistics: Statistics | None, sketch: int | str | None) -> None:
     """All draws of the images so far are in the statistics: their gradients may be sketched."""
     if statistics is None:
@@ -287,100 +250,3 @@ def settle(statistics: Statistics | None, sketch: int | str | None) -> None:
         )  # fmt: skip
         statistics.settle(ROWS)
     statistics.settle()
-
-
-def training_timesteps(scheduler: Any) -> int:
-    """T, the timesteps that a network was trained on, as its schedule has them.
-
-    Raises:
-        UnsupportedSchedulerError: It does not say.
-    """
-    count = getattr(getattr(scheduler, "config", None), "num_train_timesteps", None)
-    if not isinstance(count, int) or count < 1:
-        raise UnsupportedSchedulerError(
-            f"expected a scheduler of diffusers, whose config has num_train_timesteps, got {type(scheduler).__name__} without: "
-            "give the schedule that the network was trained with as scheduler=…"
-        )
-    return count
-
-
-def smaller(batch: Batch, draws: int) -> list[Batch]:
-    """A batch in parts whose draws are no more numbers than :data:`HELD`."""
-    images, conditioning = batch
-    size = max(1, HELD // max(1, images[:1].numel() * draws))
-    return [
-        (images[i : i + size], {k: v[i : i + size] for k, v in conditioning.items()})
-        for i in range(0, len(images), size)
-    ]
-
-
-class Steps:
-    """The training steps of a batch of images: which draws are made in which network call.
-
-    Args:
-        source: Runs the network.
-        clean: The samples of the batch.
-        conditioning: What is told of them.
-        seed: The base seed.
-        first: The number of the batch's first image.
-        draws: Of each image.
-        rows: The most that a network call may have.
-        density: Of t/T.
-    """
-
-    def __init__(
-        self,
-        source: Source,
-        clean: Clean,
-        conditioning: Mapping[str, Any],
-        seed: int,
-        first: int,
-        draws: int,
-        rows: int,
-        density: Density | None = None,
-    ) -> None:
-        self.source, self.clean, self.conditioning = source, clean, conditioning
-        self.first, count = first, len(clean)
-        shape = tuple(clean.mean.shape[1:])
-        t, self.noise = draw(source.scheduler, shape, seed, first, count, draws, density=density)
-        self.t = source.timesteps(t)
-        self.encoder_noise = None
-        if clean.std is not None:
-            own = (seed + 1) % 2**63
-            self.encoder_noise = torch.stack([
-                torch.randn(shape, generator=item_generator(own, first + i, j)) for i in range(count) for j in range(draws)
-            ])  # fmt: skip
-        # Few images with many draws: an image has several rows in a call.
-        self.together = max(k for k in range(1, draws + 1) if draws % k == 0 and (k == 1 or k * count <= rows))
-        self.order = (
-            torch.arange(count * draws).view(count, draws // self.together, self.together).transpose(0, 1).flatten(1)
-        )
-        self.images = torch.arange(count).repeat_interleave(draws)
-
-    def at(self, step: int) -> tuple[Tensor, Tensor]:
-        """x_t and the target of a step."""
-        which = self.order[step]
-        clean = self.clean.draw(self.images[which], None if self.encoder_noise is None else self.encoder_noise[which])
-        return noised(self.source.scheduler, clean, self.noise[which].to(clean.device), self.t[which])
-
-    def run(self, consume: Any) -> None:
-        """All of them; ``consume(images, t, target, seen)`` for each network call."""
-        targets: dict[int, Tensor] = {}
-
-        def sample(step: int) -> Tensor:
-            x, targets[step] = self.at(step)
-            return x
-
-        def consumed(step: int, rows: list[int], seen: Seen) -> None:
-            which = self.order[step][rows]
-            target = targets[step] if len(rows) == len(targets[step]) else targets[step][rows]
-            consume(self.images[which], self.t[which], target, seen)
-            if self.source_is_done(step, rows):
-                del targets[step]
-
-        rows = self.images[self.order[0]].tolist()
-        self.source.run(self.conditioning, rows, self.first, sample, [self.t[o] for o in self.order], consumed)
-
-    def source_is_done(self, step: int, rows: list[int]) -> bool:
-        """Whether these were the last rows of a step."""
-        return rows[-1] == self.order.shape[1] - 1

@@ -1,4 +1,7 @@
-r"""What a layer does with its input, as features: geometry of the linear map :math:`W\varphi`."""
+r"""What a layer does with its input, as features: geometry of the linear map :math:`W\varphi`.
+
+Sums over features, Gram matrices among them, are :mod:`bayesdiff.head.sums`.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +22,6 @@ from bayesdiff.checks import ShapeError, UnsupportedHeadError
 SQUARES = 2**18
 #: Rows of a factor that are applied at once.
 ROWS = 256
-#: Numbers of features that are written out at once.
-WRITTEN = 2**23
 
 PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 
@@ -32,13 +33,13 @@ SIDES = {1: "length", 2: "height, width", 3: "frames, height, width"}
 Method = TypeVar("Method", bound=Callable[..., Any])
 
 
-def _as_given(method: Method) -> Method:
-    """Let a method compute in the dtype of its inputs, also under autocast."""
+def as_given(method: Method) -> Method:
+    """Let a method, or a function of a geometry, compute in the dtype of its inputs, also under autocast."""
 
     @functools.wraps(method)
-    def run(self: HeadGeometry, inputs: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def run(geometry: HeadGeometry, inputs: Tensor, *args: Any, **kwargs: Any) -> Any:
         with torch.autocast(inputs.device.type, enabled=False):
-            return method(self, inputs, *args, **kwargs)
+            return method(geometry, inputs, *args, **kwargs)
 
     return cast("Method", run)
 
@@ -184,7 +185,7 @@ class HeadGeometry:
         """
         self.check(inputs)
         if self.kind == "conv":
-            phi = _patches(self.pad(inputs), 2, self.kernel_size)  # (B, C_in, *size', *kernel)
+            phi = patches(self.pad(inputs), 2, self.kernel_size)  # (B, C_in, *size', *kernel)
             n = len(self.kernel_size)
             phi = phi.movedim(1, n + 1).flatten(n + 1).flatten(1, n)
         else:
@@ -193,7 +194,7 @@ class HeadGeometry:
             phi = torch.cat([phi, phi.new_ones(*phi.shape[:2], 1)], dim=-1)
         return phi
 
-    @_as_given
+    @as_given
     def apply(self, inputs: Tensor, weights: Tensor) -> Tensor:
         r""":math:`W_k\varphi` for K sets of weights at once, in one convolution or matrix product.
 
@@ -218,7 +219,7 @@ class HeadGeometry:
         out = F.linear(inputs, kernel, bias)  # (B, ..., K·C')
         return out.unflatten(-1, (k, c)).movedim(-2, 0)
 
-    @_as_given
+    @as_given
     def squared_norm(self, inputs: Tensor, factors: Tensor, scales: Tensor | None = None) -> Tensor:
         r""":math:`\sum_k v_{ck} (F_c\varphi)_k^2` at every position, a chunk of rows at a time.
 
@@ -279,135 +280,14 @@ class HeadGeometry:
         ]
         return torch.cat(parts).unflatten(0, inputs.shape[:-1])
 
-    def gram(self, inputs: Tensor) -> Tensor:
-        r""":math:`\sum_{b,p}\varphi_{bp}\varphi_{bp}^\top`, ``(D, D)`` float64.
-
-        The products are summed in the dtype of ``inputs`` (float32 at least) after the mean of each channel is
-        taken away, and the mean is put back in float64: features after an activation are far from
-        centred, and their common part would cost float32 the digits that small eigenvalues need.
-
-        For a convolution the patches overlap: along the first spatial dimension ("rows") the product of two entries
-        depends on where the patch is only through its border rows. So the sum over all patches whose rows are inside is
-        done once for each offset between two entries, and only the border rows apart: k_1 times less work than
-        multiplying out the im2col matrix.
-        """
-        d = self.in_features
-        total = torch.zeros(d, d, dtype=torch.float64, device=inputs.device)
-        self.add_gram(inputs, total)
-        return total
-
-    @_as_given
-    def add_gram(self, inputs: Tensor, total: Tensor) -> None:
-        """Add :meth:`gram` to ``total`` in place: a D × D matrix of a large head is too large to make anew for each image."""
-        self.check(inputs)
-        x = inputs.to(torch.promote_types(inputs.dtype, torch.float32))
-        n = self.num_weights
-        block = total[:n, :n]
-        if self.kind == "linear":
-            flat = x.reshape(-1, self.in_channels)
-            mean = flat.mean(0)
-            flat = flat - mean
-            if flat.dtype == block.dtype:
-                block.addmm_(flat.T, flat)
-            else:
-                block += flat.T @ flat
-            first, count = flat.sum(0, dtype=torch.float64), len(flat)
-            shift = mean.double()
-        else:
-            positions = (0, *range(2, x.ndim))
-            mean = x.mean(positions)
-            padded = self.pad(x) - mean.view(-1, *(1,) * (x.ndim - 2))
-            windows = self._shifts(padded.sum(0, keepdim=True, dtype=torch.float64))
-            shape = (self.in_channels, self.kernel_size[0], self.taps // self.kernel_size[0])
-            block.unflatten(1, shape).unflatten(0, shape).add_(self._patch_products(padded))
-            first = torch.stack([w.sum(positions) for w in windows], dim=1).flatten()
-            count = len(x) * windows[0][0, 0].numel()
-            shift = mean.double().repeat_interleave(len(windows))
-        everything = first + count * shift  # Σ φ
-        block.addr_(shift, first).addr_(everything, shift)
-        if self.bias:
-            total[:n, n] += everything
-            total[n, :n] += everything
-            total[n, n] += count
-
-    @_as_given
-    def add_weighted_gram(self, inputs: Tensor, weights: Tensor, total: Tensor) -> None:
-        r"""Add :math:`\sum_{b,p} k_{bp}\varphi_{bp}\varphi_{bp}^\top` to ``total`` in place, in float64.
-
-        The features are written out, a chunk of rows at a time, where the weight is not 0.
-
-        Args:
-            inputs: What enters the layer.
-            weights: k ≥ 0, ``(B, P)``, P the positions of an output.
-            total: ``(D, D)`` float64.
-        """
-        rows = max(1, WRITTEN // (weights.shape[1] * self.in_features))
-        for x, k in zip(inputs.split(rows), weights.split(rows), strict=True):
-            phi, flat = self.design(x).flatten(0, 1), k.flatten().double()
-            used = flat != 0
-            phi = phi[used].double()
-            total += phi.T @ (phi * flat[used, None])
-
-    def _patch_products(self, padded: Tensor) -> Tensor:
-        """Σ over patches of patch ⊗ patch for a padded convolution input: ``(C_in, k_1, R, C_in, k_1, R)``, R entries a row."""
-        k1, taps = self.kernel_size[0], self.taps // self.kernel_size[0]
-        height = padded.shape[2] - k1 + 1
-        # rows[r]: all patches of the padded row r in the other dimensions, (Hp, B·P', C_in·R).
-        rows = _patches(padded, 3, self.kernel_size[1:]).movedim(2, 0)
-        n = len(self.kernel_size)
-        rows = rows.movedim(2, n + 1).flatten(n + 1).flatten(1, n)
-        q = self.in_channels * taps
-
-        def product(first: int, last: int, offset: int) -> Tensor:  # Σ over rows first … last−1
-            if first >= last:
-                return rows.new_zeros(q, q)
-            a = rows[first:last].flatten(0, 1)
-            return a.T @ (a if offset == 0 else rows[first + offset : last + offset].flatten(0, 1))
-
-        blocks = padded.new_zeros(k1, q, k1, q)
-        for offset in range(k1):
-            # Rows that every position of the patch shares; none in an input lower than the kernel.
-            inner = (k1 - 1 - offset, height) if height > k1 - 1 - offset else None
-            common = product(*inner, offset) if inner else None
-            for i in range(k1 - offset):
-                if common is None or inner is None:
-                    block = product(i, i + height, offset)
-                else:
-                    block = common + product(i, inner[0], offset) + product(inner[1], i + height, offset)
-                blocks[i, :, i + offset, :] = block
-                if offset:
-                    blocks[i + offset, :, i, :] = block.T
-        # (k_1, C_in, R, k_1, C_in, R) to the order of the layer's weights, (C_in, k_1, R).
-        return blocks.view(k1, self.in_channels, taps, k1, self.in_channels, taps).permute(1, 0, 2, 4, 3, 5)
-
-    @_as_given
-    def outer(self, inputs: Tensor, outputs: Tensor) -> Tensor:
-        r""":math:`\sum_p r_{bp}\varphi_{bp}^\top`: one gradient of the layer's weights per sample.
-
-        Args:
-            inputs: What enters the layer.
-            outputs: r, shaped as the layer's output.
-
-        Returns:
-            ``(B, C, D)``.
-        """
-        self.check(inputs)
-        if self.kind == "linear":
-            phi = self.design(inputs)
-            return outputs.reshape(*phi.shape[:2], self.out_channels).transpose(1, 2) @ phi
-        r = outputs.flatten(2)  # (B, C, P)
-        grads = [r @ x.flatten(2).transpose(1, 2) for x in self._shifts(self.pad(inputs))]
-        out = torch.stack(grads, dim=-1).flatten(2)  # (B, C, D − 1)
-        return torch.cat([out, r.sum(-1, keepdim=True)], dim=-1) if self.bias else out
-
-    def _shifts(self, padded: Tensor) -> list[Tensor]:
+    def shifts(self, padded: Tensor) -> list[Tensor]:
         """Views of the padded input, one ``(B, C_in, *size')`` for each entry of the kernel."""
-        patches = _patches(padded, 2, self.kernel_size)
+        views = patches(padded, 2, self.kernel_size)
         entries: Any = itertools.product([...], *map(range, self.kernel_size))
-        return [patches[entry] for entry in entries]
+        return [views[entry] for entry in entries]
 
 
-def _patches(padded: Tensor, first: int, sizes: tuple[int, ...]) -> Tensor:
+def patches(padded: Tensor, first: int, sizes: tuple[int, ...]) -> Tensor:
     """A view: patches along the dimensions from ``first`` on, their entries as further dimensions at the end."""
     for dimension, size in enumerate(sizes, start=first):
         padded = padded.unfold(dimension, size, 1)

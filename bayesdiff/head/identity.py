@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from bayesdiff.checks import HeadMismatchError, ShapeError
+from bayesdiff.head.geometry import HeadGeometry
+from bayesdiff.head.layer import Head
 
 #: Numbers of each tensor.
 SAMPLES = 8
@@ -98,6 +100,36 @@ class NetworkIdentity:
                 f"expected the network {what}, got one with other weights: {len(changed)} of {len(tensors)} tensors have "
                 f"changed, {first!r} first: {advice}"
             )
+
+
+def fingerprint(weight: Tensor) -> str:
+    """SHA-256 of a head's weights ``(C, D)`` as float64 bytes."""
+    return hashlib.sha256(weight.detach().cpu().double().contiguous().numpy().tobytes()).hexdigest()
+
+
+def check_head(head: Head, geometry: HeadGeometry, mean: Tensor) -> None:
+    """Make sure that a head has this geometry and these weights; it may have been cast to a lower precision since.
+
+    Args:
+        head: The head.
+        geometry: Its own.
+        mean: Its weights, bias as the last column, ``(C, D)`` float64.
+
+    Raises:
+        HeadMismatchError: It has others.
+    """
+    if head.geometry != geometry:
+        raise HeadMismatchError(
+            f"expected a head with {geometry}, got {head.geometry}: the posterior is of another network"
+        )
+    weight = head.weight().cpu()
+    dtype: torch.dtype = head.layer.weight.dtype  # type: ignore[assignment]
+    if not torch.equal(mean.to(dtype).double(), weight):
+        raise HeadMismatchError(
+            f"expected the head's weights to have the fingerprint {fingerprint(mean)[:12]}…, got "
+            f"{fingerprint(weight)[:12]}… (largest difference {(weight - mean).abs().max():.3g}): the posterior was fitted to "
+            "another network; fit it again with bayesdiff.fit"
+        )
 
 
 def _tensors(network: nn.Module) -> dict[str, Tensor]:

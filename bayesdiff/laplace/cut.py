@@ -1,4 +1,4 @@
-r"""From sums to the parts of a posterior: noise, weights over timesteps, prior, precision and gradients.
+r"""From sums to the fields of a posterior: noise, weights over timesteps, prior, precision, gradients, and Σ.
 
 Everything here is cheap beside the pass over the data, so one set of sums serves every structure, covariance, prior and noise.
 
@@ -15,16 +15,45 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bayesdiff.checks import ArgumentError, EmptyDataError, check_choice, check_finite, check_int
+from bayesdiff.checks import (
+    ArgumentError,
+    EmptyDataError,
+    NotPositiveDefiniteError,
+    check_choice,
+    check_finite,
+    check_int,
+)
 from bayesdiff.diffusion.weighting import WEIGHTINGS
+from bayesdiff.laplace.covariance import amplification
 from bayesdiff.laplace.evidence import evidence_noise, evidence_prior_precision
 from bayesdiff.laplace.loss import Loss, Squares
 from bayesdiff.laplace.statistics import Statistics
-from bayesdiff.laplace.structure import COVARIANCES, STRUCTURES
+from bayesdiff.laplace.structure import COVARIANCES, STRUCTURES, build
 from bayesdiff.laplace.training import Scores, check_training_draws, score_factor
 
 
 def cut(
+    statistics: Statistics, mean: Tensor, *, structure: str, covariance: str, rank: int | None, tolerance: float, **settings: Any
+) -> dict[str, Any]:  # fmt: skip
+    """The fields of a posterior that come from the data, by name.
+
+    Arguments and errors are those of :meth:`bayesdiff.LaplacePosterior.from_statistics`.
+    """
+    try:
+        parts = _parts(statistics, mean, structure=structure, covariance=covariance, **settings)
+        precision = parts["precision"]
+        sigma = build(
+            structure, covariance, precision, parts.pop("scores"), parts["prior_precision"], rank, tolerance
+        )  # fmt: skip
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+        raise NotPositiveDefiniteError(
+            "expected sums whose eigenvalues can be found in float64, got sums so ill-conditioned that they cannot; look at "
+            "the features, some are larger than others by many powers of ten"
+        ) from error
+    return {**parts, "sigma": sigma, "amplification": amplification(sigma, precision)}
+
+
+def _parts(
     statistics: Statistics,
     mean: Tensor,
     *,
@@ -36,10 +65,7 @@ def cut(
     dataset_size: int | None,
     training_draws: float | None = None,
 ) -> dict[str, Any]:
-    """The fields of a posterior that come from the data, by name.
-
-    Arguments and errors are those of :meth:`bayesdiff.LaplacePosterior.from_statistics`.
-    """
+    """What Σ is made of, and the other fields."""
     check_settings(
         len(mean), statistics.num_bins, structure=structure, covariance=covariance, prior_precision=prior_precision,
         noise_variance=noise_variance, loss_weights=loss_weights, dataset_size=dataset_size, training_draws=training_draws,

@@ -33,6 +33,7 @@ from bayesdiff.checks import (
     check_positive,
 )
 from bayesdiff.head.geometry import HeadGeometry
+from bayesdiff.head.sums import add_gram
 from bayesdiff.laplace.covariance import AMPLIFIED, Covariance, amplification
 from bayesdiff.laplace.evidence import evidence_prior_precision
 from bayesdiff.laplace.links import Identity
@@ -137,7 +138,7 @@ class HeadLaplace(ParametricLaplace):
             if y.shape != out.shape:
                 raise ShapeError(f"expected targets {tuple(out.shape)}, as the layer's output, got {tuple(y.shape)}")
             for part in x.split(max(1, WORKED // max(1, x[:1].numel()))):
-                self.geometry.add_gram(part.double(), gram)
+                add_gram(self.geometry, part.double(), gram)
             loss += 0.5 * float((y - out).double().square().sum())
             count, outputs = count + len(x), outputs + y.numel()
         if count == 0:

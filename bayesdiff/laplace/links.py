@@ -11,44 +11,25 @@ a formula:
     "mc"           none of these: h applied to draws, ``link(y)``, by whoever holds the draws
 
 A combination without a meaning is an error that names those that have one.
-
-With Q = 1 − Φ and φ the standard normal density, every censored moment that is needed here is one of
-
-    J₁(α, w) = E clip(Z − α, 0, w) = ∫_α^{α+w} Q(z) dz
-    J₂(α, w) = E clip(Z − α, 0, w)² = 2 ∫_α^{α+w} (z − α) Q(z) dz          α, w ≥ 0
-
-(the moments of the two-limit tobit model, Rosett & Nelson 1975, about the bound that is nearer).
 """
 
 from __future__ import annotations
 
 import math
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from bayesdiff.checks import (
-    ArgumentError,
-    BayesdiffWarning,
-    ShapeError,
-    check_choice,
-    check_finite,
-    check_int,
-)
+from bayesdiff.checks import ArgumentError, ShapeError, check_choice, check_finite
 from bayesdiff.gaussian import Gaussian
+from bayesdiff.laplace.censored import censored_moments
+from bayesdiff.laplace.push import push_deviations as push_deviations
 
 LINK_APPROXIMATIONS = ("exact", "linearized", "probit", "mc")
-#: Standard deviations beyond which float64 has nothing but zeros: exp(−z²/2) is 0 from z = 38.6 on.
-HORIZON = 60.0
-_LEGENDRE = np.polynomial.legendre.leggauss(8)
-#: Gauss–Legendre nodes and weights on [0, 1].
-_NODES, _WEIGHTS = ((_LEGENDRE[0] + 1) / 2).tolist(), (_LEGENDRE[1] / 2).tolist()
 
 
 class Link(ABC):
@@ -121,7 +102,7 @@ class Identity(Link):
 class ClampedPixel(Link):
     r"""A network's output as a pixel, :math:`h(y) = \mathrm{clip}((y - l)/(u - l), 0, 1)`.
 
-    y is a Gaussian censored at both bounds. Let c = clip(μ, l, u), g = |μ − c|/σ, and J as at the top of the module.
+    y is a Gaussian censored at both bounds. Let c = clip(μ, l, u), g = |μ − c|/σ, and J as in :mod:`bayesdiff.laplace.censored`.
     About c, which is the mean or the bound that it lies beyond,
 
         E[y] − c = σ (J₁(g, (u − c)/σ) − J₁(g, (c − l)/σ))
@@ -163,8 +144,8 @@ class ClampedPixel(Link):
         if link_approx == "linearized":
             return Gaussian((center - self.low) / span, torch.where(center == mean, variance / span**2, 0.0))
         sigma, gap = variance.sqrt(), (mean - center).abs()
-        up_first, up_second = _censored(sigma, gap, self.high - center)
-        down_first, down_second = _censored(sigma, gap, center - self.low)
+        up_first, up_second = censored_moments(sigma, gap, self.high - center)
+        down_first, down_second = censored_moments(sigma, gap, center - self.low)
         shift = up_first - down_first
         return Gaussian(((center - self.low) + shift) / span, (up_second + down_second - shift.square()) / span**2)
 
@@ -320,151 +301,6 @@ class Smooth(Link):
 
     def _moments(self, gaussian: Gaussian, link_approx: str) -> Gaussian:
         return push_deviations(self, gaussian.mean, gaussian.std.unsqueeze(0))
-
-
-def push_deviations(
-    function: Callable[[Tensor], Tensor], mean: Tensor, deviations: Tensor, *, chunk_size: int = 1
-) -> Gaussian:
-    r"""The linearized moments of a map whose outputs each depend on many inputs, such as a VAE's decoder.
-
-        mean h(μ)          variance (1/K) Σ_k (J δ_k)²          J = ∂h/∂x at μ
-
-    K draws δ of the input's deviations stand for its covariance, correlations included; the variance has a relative error
-    of √(2/K). J δ is a Jacobian-vector product by forward-mode differentiation, 2–3 calls' worth each. Where the function
-    contains an operation that has no forward derivative (fused attention), or hides it (``detach``), J δ is
-    the central difference (h(μ + εδ) − h(μ − εδ))/(2ε), after a warning. Its step is, sample by sample,
-
-        rms(εδ) = u^{1/3} rms(μ)
-
-    with u the spacing of floating-point numbers of the mean's dtype at 1, and 1 in the place of rms(μ) where this is 0.
-    Truncation and rounding are then of one size, of order u^{2/3}: 2e-5 in float32, some per cent in bfloat16.
-
-    Args:
-        function: h, of ``(B, ...)`` to ``(B, ...)``. It is called without recording gradients.
-        mean: μ, ``(B, ...)``.
-        deviations: δ, ``(K, B, ...)``, in the units of the mean, with mean zero.
-        chunk_size: Deviations that go through the function together as one batch. More than 1 is faster on a GPU, takes
-            as many times the memory, and needs a function that treats the samples of a batch independently.
-
-    Returns:
-        A :class:`Gaussian` shaped as h(μ), in its dtype or float32 if that is half precision.
-
-    Raises:
-        ShapeError: The deviations do not fit the mean, or there are none.
-        ArgumentError: ``chunk_size`` is not a positive integer.
-        NonFiniteError: The input, h(μ) or a derivative is NaN or infinite.
-    """
-    check_int("chunk_size", chunk_size, least=1)
-    if deviations.shape[1:] != mean.shape or deviations.ndim != mean.ndim + 1 or len(deviations) == 0:
-        raise ShapeError(
-            f"expected deviations of shape (K, {', '.join(map(str, mean.shape))}) with K >= 1, got "
-            f"{tuple(deviations.shape)}"
-        )
-    check_finite("mean", mean)
-    check_finite("deviations", deviations)
-    with torch.no_grad():
-        deviations = deviations.to(mean)
-        center = check_finite("function(mean)", function(mean))
-        differentiate = _forward_derivative
-        if (reason := _no_forward_derivative(function, mean, deviations[0])) is not None:
-            warnings.warn(
-                f"the function has no forward derivative ({reason}): using central finite differences, whose relative "
-                f"error is of order {torch.finfo(mean.dtype).eps ** (2 / 3):.0e}",
-                BayesdiffWarning,
-                stacklevel=2,
-            )
-            differentiate = _central_difference
-        total = torch.zeros_like(center, dtype=torch.float64)
-        for part in deviations.split(chunk_size):
-            if len(part) == 1:
-                total += differentiate(function, mean, part[0]).double().square()
-            else:
-                images = differentiate(function, mean.expand_as(part).flatten(0, 1), part.flatten(0, 1))
-                total += images.unflatten(0, (len(part), -1)).double().square().sum(0)
-        check_finite("derivatives of the function", total)
-    dtype = torch.promote_types(center.dtype, torch.float32)
-    return Gaussian(center.to(dtype), (total / len(deviations)).to(dtype))
-
-
-def _forward_derivative(function: Callable[[Tensor], Tensor], x: Tensor, delta: Tensor) -> Tensor:
-    image: Tensor = torch.func.jvp(function, (x,), (delta,))[1]
-    return image
-
-
-def _central_difference(function: Callable[[Tensor], Tensor], x: Tensor, delta: Tensor) -> Tensor:
-    """J δ for each sample of ``(B, ...)``, with the step that :func:`push_deviations` documents."""
-
-    def rms(tensor: Tensor) -> Tensor:
-        inner = tuple(range(1, tensor.ndim))
-        size = tensor.double().square().mean(inner, keepdim=True).sqrt() if inner else tensor.double().abs()
-        return torch.where(size > 0, size, 1.0)
-
-    step = torch.finfo(x.dtype).eps ** (1 / 3) * rms(x) / rms(delta)
-    moved = (step * delta.double()).to(x.dtype)
-    difference = function(x + moved).double() - function(x - moved).double()
-    # One step for each sample: the result may have another number of dimensions than the input.
-    return difference / (2 * step).reshape(-1, *[1] * (difference.ndim - 1))
-
-
-def _no_forward_derivative(function: Callable[[Tensor], Tensor], x: Tensor, delta: Tensor) -> str | None:
-    """Why forward-mode differentiation cannot be used along ``delta``; None if it can."""
-    try:
-        image = _forward_derivative(function, x, delta)
-    except torch.OutOfMemoryError:
-        raise
-    except (NotImplementedError, RuntimeError) as error:
-        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-    # A derivative of 0 everywhere may be a detached one: the function itself tells.
-    if not bool(image.any()) and bool(_central_difference(function, x, delta).any()):
-        return "its derivative is 0 everywhere but its differences are not; it may contain a detach"
-    return None
-
-
-def _censored(sigma: Tensor, gap: Tensor, room: Tensor) -> tuple[Tensor, Tensor]:
-    r"""σ J₁(α, w) and σ² J₂(α, w), with α = gap/σ and w = room/σ, in float64.
-
-    Wide intervals: with :math:`\psi(x) = \varphi(x) - xQ(x)` and :math:`\chi(x) = (1 + x^2)Q(x) - x\varphi(x)`, the first
-    two integrals of Q, and β = α + w,
-
-        J₁ = ψ(α) − ψ(β)          J₂ = χ(α) − χ(β) − 2wψ(β)
-
-    with exp(−α²/2) taken out, which leaves nothing that can underflow to the wrong sign. Narrow ones, (1 + α)w ≤ 1, where
-    these differences would cancel: eight Gauss–Legendre nodes on the integrals of Q themselves, whose integrand is then so
-    smooth that the rule is exact to rounding. Relative error, α being the distance to the bound in σ: 1e-12 + 4e-16 α⁴.
-    """
-    # σ = 0 makes both distances in σ 0 or infinite, and both results 0.
-    safe = sigma.clamp(min=torch.finfo(sigma.dtype).tiny)
-    alpha, width = (gap / safe).clamp(max=HORIZON), (room / safe).clamp(max=HORIZON)
-    beta = alpha + width
-    decay = torch.exp(-width * (alpha + beta) / 2)
-    first = _psi(alpha) - decay * _psi(beta)
-    second = _chi(alpha) - decay * (_chi(beta) + 2 * width * _psi(beta))
-    scale = sigma * torch.exp(-alpha.square() / 2)
-    first, second = scale * first, sigma * scale * second
-    narrow = (1 + alpha) * width <= 1
-    if not bool(narrow.any()):
-        return first, second
-    narrow_first, narrow_second = torch.zeros_like(first), torch.zeros_like(first)
-    for node, weight in zip(_NODES, _WEIGHTS, strict=True):
-        tail = weight * torch.special.erfc((alpha + node * width) / math.sqrt(2)) / 2
-        narrow_first += tail
-        narrow_second += 2 * node * tail
-    return torch.where(narrow, room * narrow_first, first), torch.where(narrow, room.square() * narrow_second, second)
-
-
-def _mills(x: Tensor) -> Tensor:
-    """Q(x) exp(x²/2)."""
-    return torch.special.erfcx(x / math.sqrt(2)) / 2
-
-
-def _psi(x: Tensor) -> Tensor:
-    """ψ(x) exp(x²/2)."""
-    return 1 / math.sqrt(2 * math.pi) - x * _mills(x)
-
-
-def _chi(x: Tensor) -> Tensor:
-    """χ(x) exp(x²/2)."""
-    return (1 + x.square()) * _mills(x) - x / math.sqrt(2 * math.pi)
 
 
 def _is_number(value: object) -> bool:

@@ -2,7 +2,8 @@ r"""The Laplace posterior over a head's weights: exact, because the problem is l
 
 With features :math:`\varphi` (D of them), the posterior of the C × D weights is :math:`\mathcal N(W, \Sigma)`: the mean is
 always the pretrained network's own weights, and Σ one of the covariances and structures of :mod:`bayesdiff.laplace.structure`,
-cut from one set of sums (:mod:`bayesdiff.laplace.statistics`).
+cut from one set of sums (:mod:`bayesdiff.laplace.statistics`). How is :mod:`bayesdiff.laplace.cut`; what is predicted from it
+:mod:`bayesdiff.laplace.predictive`; what its fields must be :mod:`bayesdiff.laplace.fields`.
 
 The GGN and the empirical Fisher weigh timesteps by 1/σ_t², as the likelihood does. The sandwich is the covariance of the
 estimator that was computed, the minimiser of the *training* loss, and its formula holds at that loss's minimum: so it takes the
@@ -19,39 +20,25 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from scipy.optimize import minimize_scalar
 from torch import Generator, Tensor
 
-from bayesdiff.checks import (
-    ArgumentError,
-    HeadMismatchError,
-    NotPositiveDefiniteError,
-    ShapeError,
-    check_choice,
-    check_finite,
-    check_int,
-    check_number,
-    check_positive,
-)
+from bayesdiff.checks import ArgumentError, check_finite, check_int, check_positive
 from bayesdiff.gaussian import Gaussian
 from bayesdiff.head.find import Head, denoiser, find_head
 from bayesdiff.head.geometry import HeadGeometry
-from bayesdiff.head.identity import NetworkIdentity
-from bayesdiff.laplace.covariance import AMPLIFIED, Covariance, amplification
+from bayesdiff.head.identity import NetworkIdentity, check_head, fingerprint
+from bayesdiff.laplace.covariance import AMPLIFIED, Covariance
 from bayesdiff.laplace.cut import cut
-from bayesdiff.laplace.evidence import evidence_prior_precision, log_evidence
-from bayesdiff.laplace.links import LINK_APPROXIMATIONS, Link, push_deviations
+from bayesdiff.laplace.evidence import log_evidence
+from bayesdiff.laplace.fields import by_channel, check_shapes, settled
+from bayesdiff.laplace.heldout import best_prior, log_likelihood
+from bayesdiff.laplace.links import Link
 from bayesdiff.laplace.links import link as find_link
-from bayesdiff.laplace.predictive import closed_variance, monte_carlo
-from bayesdiff.laplace.saved import fingerprint, read_posterior, write_posterior
+from bayesdiff.laplace.predictive import predict, variance
+from bayesdiff.laplace.saved import read_posterior, write_posterior
 from bayesdiff.laplace.statistics import Statistics
-from bayesdiff.laplace.structure import COVARIANCES, STRUCTURES, TOLERANCE, build
-
-#: Which covariances a structure may have.
-FORMS_OF = {
-    "full": ("channels", "joint", "fisher"), "kron": ("channels", "product", "spectral"), "diag": ("diagonal",),
-    "lowrank": ("channels", "joint"),
-}  # fmt: skip
+from bayesdiff.laplace.structure import TOLERANCE
+from bayesdiff.laplace.training import shares_by_bin
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -122,67 +109,13 @@ class LaplacePosterior:
     _cache: dict[Any, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        def settle(name: str, value: Any) -> None:
+        for name, value in settled(self).items():
             object.__setattr__(self, name, value)
-
-        check_choice("structure", self.structure, STRUCTURES)
-        check_choice("covariance", self.covariance, COVARIANCES)
-        settle("temperature", check_positive("temperature", self.temperature))
-        settle("rank", None if self.rank is None else check_int("rank", self.rank, least=1))
-        settle("tolerance", check_number("tolerance", self.tolerance))
-        if not 0 <= self.tolerance < 1:
-            raise ArgumentError(f"expected 0 <= tolerance < 1, got {self.tolerance}")
-        for name in ("num_timesteps", "num_images", "dataset_size"):
-            settle(name, check_int(name, getattr(self, name), least=1))
-        for name in ("log_likelihood", "draws_per_image", "cut_share", "amplification"):
-            settle(name, check_number(name, getattr(self, name)))
-        if self.training_draws is not None:
-            settle("training_draws", check_positive("training_draws", self.training_draws))
-        tau = self.channel_precisions()
-        settle("prior_precision", float(tau[0]) if bool((tau == tau[0]).all()) else tau.clone())
-        self._check_shapes()
-
-    def _check_shapes(self) -> None:
-        """That all tensors are of this head, and finite.
-
-        Raises:
-            ShapeError, NonFiniteError: They are not.
-            ArgumentError: Noise variances or weights are negative.
-        """
-        c, d = self.geometry.out_channels, self.geometry.in_features
-        bins = len(self.noise_variance) if self.noise_variance.ndim == 1 else -1
-        shapes: dict[str, list[tuple[int, ...]]] = {
-            "mean": [(c, d)], "spectrum": [(1, d), (c, d)], "weights": [(bins,)], "noise_variance": [(bins,)],
-            "origins": [(0, 2), (bins, 2)],
-        }  # fmt: skip
-        for name, allowed in shapes.items():
-            value = getattr(self, name)
-            if tuple(value.shape) not in allowed or value.dtype != torch.float64:
-                raise ShapeError(
-                    f"expected {name} as float64 {' or '.join(map(str, allowed))}, got {value.dtype} {tuple(value.shape)}"
-                )
-            check_finite(name, value)
-        if self.sigma.shape != (c, d):
-            raise ShapeError(f"expected a covariance of {c} × {d} weights, got {self.sigma.shape}")
-        if self.sigma.form not in FORMS_OF[self.structure]:
-            raise ShapeError(f"expected a covariance for structure {self.structure!r}, got a {self.sigma.form} one")
-        for name, value in self.sigma.parts.items():
-            check_finite(f"{name} of the covariance", value)
-        if not bool((self.noise_variance > 0).all()) or bool((self.weights < 0).any()):
-            raise ArgumentError(
-                f"expected noise variances > 0 and weights >= 0, got {float(self.noise_variance.min()):.3g} and "
-                f"{float(self.weights.min()):.3g}"
-            )
+        check_shapes(self)
 
     def channel_precisions(self) -> Tensor:
         """τ by channel, ``(C,)`` float64."""
-        tau = torch.as_tensor(self.prior_precision, dtype=torch.float64).detach()
-        if tau.shape not in ((), self.mean.shape[:1]) or not bool(((tau > 0) & torch.isfinite(tau)).all()):
-            raise ArgumentError(
-                f"expected a finite prior_precision > 0, or {len(self.mean)} of them, one for each output channel, got "
-                f"{self.prior_precision}"
-            )
-        return tau.expand(len(self.mean))
+        return by_channel(self.prior_precision, len(self.mean))
 
     @property
     def approximation_error(self) -> float:
@@ -255,21 +188,11 @@ class LaplacePosterior:
         check_positive("temperature", temperature)
         if rank is not None:
             check_int("rank", rank, least=1)
-        try:
-            parts = cut(statistics, mean, **settings)
-            sigma = build(
-                settings["structure"], settings["covariance"], parts["precision"], parts.pop("scores"), parts["prior_precision"],
-                rank, tolerance,
-            )  # fmt: skip
-        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
-            raise NotPositiveDefiniteError(
-                "expected sums whose eigenvalues can be found in float64, got sums so ill-conditioned that they cannot; look at "
-                "the features, some are larger than others by many powers of ten"
-            ) from error
+        parts = cut(statistics, mean, rank=rank, tolerance=tolerance, **settings)
         return cls(
-            mean, statistics.geometry, settings["structure"], settings["covariance"], sigma, num_timesteps=num_timesteps,
+            mean, statistics.geometry, settings["structure"], settings["covariance"], num_timesteps=num_timesteps,
             head_path=head_path, rank=rank, tolerance=tolerance, temperature=temperature, statistics=statistics, network=network,
-            amplification=amplification(sigma, parts["precision"]), **parts,
+            **parts,
         )  # fmt: skip
 
     def recut(self, **changes: Any) -> LaplacePosterior:
@@ -342,17 +265,7 @@ class LaplacePosterior:
                 "expected a sandwich fitted with draws_per_image >= 2, to tell A from B, got "
                 f"covariance {self.covariance!r} with {self.draws_per_image:g} draws of each image"
             )
-        width = self.num_timesteps / len(self.origins)
-        rows = []
-        for b, (between, within) in enumerate((self.temperature * self.origins).tolist()):
-            total = between + within
-            if total == 0:  # no draws
-                continue
-            rows.append({
-                "t_low": b * width, "t_high": (b + 1) * width, "between": between, "within": within,
-                "share_between": between / total, "share_within": within / total,
-            })  # fmt: skip
-        return rows
+        return shares_by_bin(self.temperature * self.origins, self.num_timesteps)
 
     def check(self, model: Any, head: str | None = None) -> Head:
         """Find the head of a network or pipeline and make sure that the posterior is of its weights.
@@ -364,20 +277,7 @@ class LaplacePosterior:
                 of another shape.
         """
         found = find_head(model, head or self.head_path)
-        weight = found.weight().cpu()
-        if found.geometry != self.geometry:
-            raise HeadMismatchError(
-                f"expected a head with {self.geometry}, got {found.geometry}: the posterior is of another network"
-            )
-        # A network that was cast to half precision since still has our weights, rounded.
-        dtype: torch.dtype = found.layer.weight.dtype  # type: ignore[assignment]
-        if not torch.equal(self.mean.to(dtype).double(), weight):
-            raise HeadMismatchError(
-                f"expected the head's weights to have the fingerprint {self.fingerprint[:12]}…, got "
-                f"{fingerprint(weight)[:12]}… (largest difference {(weight - self.mean).abs().max():.3g}): the "
-                "posterior "
-                "was fitted to another network; fit it again with bayesdiff.fit"
-            )
+        check_head(found, self.geometry, self.mean)
         if self.network is not None:
             self.network.check(denoiser(model, head or self.head_path))
         return found
@@ -386,12 +286,11 @@ class LaplacePosterior:
         """The dtype in which features of some dtype are worked with: float32 at least, and float64 where that is not enough."""
         return torch.float64 if self.amplification > AMPLIFIED else torch.promote_types(dtype, torch.float32)
 
-    def _placed(self, name: str, tensor: Tensor, like: Tensor) -> Tensor:
+    def placed(self, name: str, tensor: Tensor, like: Tensor) -> Tensor:
         """``tensor`` on the device and in the working dtype of ``like``, kept for the next call."""
-        dtype = self.working(like.dtype)
-        key = (name, like.device, dtype)
+        key = (name, like.device, self.working(like.dtype))
         if key not in self._cache:
-            self._cache[key] = tensor.to(like.device, dtype)
+            self._cache[key] = tensor.to(*key[1:])
         return self._cache[key]
 
     def variance(self, features: Tensor) -> Tensor:
@@ -410,16 +309,7 @@ class LaplacePosterior:
             ShapeError: The features don't fit the layer.
             NonFiniteError: They are NaN or infinite.
         """
-        self.geometry.check(features)
-        x = features.detach().to(self.working(features.dtype))
-        parts = {k: getattr(self.sigma, k) for k in ("rows", "scales", "diagonal")}
-        placed = {k: None if v is None else self._placed(k, v, x) for k, v in parts.items()}
-        variance = self.temperature * closed_variance(self.geometry, x, **placed)
-        # What is not finite in the features is not finite here: so the large tensor need not be read twice.
-        if not bool(torch.isfinite(variance).all()):
-            check_finite("features", features)
-            check_finite("variances", variance, "the features are too large for this dtype: use float64")
-        return variance.to(torch.promote_types(features.dtype, torch.float32))
+        return variance(self, features)
 
     def weight_variance(self) -> Tensor:
         """The variance of each weight, the diagonal of Σ: ``(C, D)`` float64."""
@@ -454,21 +344,7 @@ class LaplacePosterior:
             ShapeError: The features don't fit the layer.
             NonFiniteError: They are NaN or infinite.
         """
-        chosen = find_link(link)
-        check_choice("link_approx", link_approx, LINK_APPROXIMATIONS)
-        self.geometry.check(features)
-        check_finite("features", features)
-        mean = self._placed("mean", self.mean, features)
-        x = features.detach().to(mean.dtype)
-        if link_approx == "mc":
-            check_int("n_samples", n_samples, least=2)
-            return monte_carlo(self.geometry, x, mean, lambda k: self.deviations(k, generator), n_samples, chosen)
-        output = self.geometry.apply(x, mean[None])[0]
-        if link_approx == "linearized" and not chosen.elementwise:
-            check_int("n_samples", n_samples, least=1)
-            away = self.geometry.apply(x, self.deviations(n_samples, generator).to(mean))
-            return push_deviations(chosen, output, away)
-        return chosen.moments(Gaussian(output, self.variance(x)), link_approx)
+        return predict(self, features, link_approx, n_samples, find_link(link), generator)
 
     def deviations(self, n: int, generator: Generator | None = None, *, orthogonal: bool = False) -> Tensor:
         r"""n draws of :math:`\delta W \sim \mathcal N(0, \Sigma)`: ``(n, C, D)`` float64, on the CPU.
@@ -509,18 +385,7 @@ class LaplacePosterior:
         Raises:
             ShapeError: The residuals are not shaped as the output.
         """
-        variance = self.variance(features).double()
-        if residuals.shape != variance.shape or timesteps.shape != variance.shape[:1]:
-            raise ShapeError(
-                f"expected residuals {tuple(variance.shape)} and {len(variance)} timesteps, got "
-                f"{tuple(residuals.shape)} and "
-                f"{tuple(timesteps.shape)}"
-            )
-        bins = (
-            (timesteps * len(self.noise_variance) / self.num_timesteps).long().clamp(max=len(self.noise_variance) - 1)
-        )
-        total = variance + self.noise_variance.to(variance)[bins].view(-1, *[1] * (variance.ndim - 1))
-        return float(-0.5 * (torch.log(2 * math.pi * total) + residuals.double().square() / total).mean())
+        return log_likelihood(self, features, residuals, timesteps)
 
     def with_heldout_prior(self, features: Tensor, residuals: Tensor, timesteps: Tensor) -> LaplacePosterior:
         """The posterior with the one prior precision that predicts held-out residuals best: the alternative to the evidence.
@@ -528,15 +393,7 @@ class LaplacePosterior:
         Brent's method in log τ, between 1e-4 and 1e8 times the evidence's τ; each trial is a :meth:`recut`. Arguments and errors
         as of :meth:`heldout_log_likelihood` and :meth:`recut`.
         """
-        start = math.log(evidence_prior_precision(self.spectrum, self.mean))
-
-        def loss(log_tau: float) -> float:
-            cut = self.recut(prior_precision=math.exp(log_tau))
-            return -cut.heldout_log_likelihood(features, residuals, timesteps)
-
-        bounds = (start - math.log(1e4), start + math.log(1e8))
-        best = minimize_scalar(loss, bounds=bounds, method="bounded", options={"xatol": 0.05})
-        return self.recut(prior_precision=math.exp(float(best.x)))
+        return self.recut(prior_precision=best_prior(self, features, residuals, timesteps))
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write ``posterior.json`` and a safetensors file; what was there stays whole until the new is.

@@ -10,16 +10,57 @@ is needed where a link has no formula.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
+from bayesdiff.checks import check_choice, check_finite, check_int
 from bayesdiff.gaussian import Gaussian
 from bayesdiff.head.geometry import HeadGeometry
-from bayesdiff.laplace.links import Link
+from bayesdiff.laplace.links import LINK_APPROXIMATIONS, Link
+from bayesdiff.laplace.push import push_deviations
+
+if TYPE_CHECKING:
+    from bayesdiff.laplace.posterior import LaplacePosterior
 
 #: Numbers of the outputs of one chunk of Monte Carlo draws.
 CHUNK = 2**25
+
+
+def variance(posterior: LaplacePosterior, features: Tensor) -> Tensor:
+    """See :meth:`bayesdiff.LaplacePosterior.variance`."""
+    posterior.geometry.check(features)
+    x = features.detach().to(posterior.working(features.dtype))
+    parts = {k: getattr(posterior.sigma, k) for k in ("rows", "scales", "diagonal")}
+    placed = {k: None if v is None else posterior.placed(k, v, x) for k, v in parts.items()}
+    values = posterior.temperature * closed_variance(posterior.geometry, x, **placed)
+    # What is not finite in the features is not finite here: so the large tensor need not be read twice.
+    if not bool(torch.isfinite(values).all()):
+        check_finite("features", features)
+        check_finite("variances", values, "the features are too large for this dtype: use float64")
+    return values.to(torch.promote_types(features.dtype, torch.float32))
+
+
+def predict(
+    posterior: LaplacePosterior, features: Tensor, link_approx: str, n_samples: int, link: Link, generator: Generator | None
+) -> Gaussian:  # fmt: skip
+    """See :meth:`bayesdiff.LaplacePosterior.predict`."""
+    check_choice("link_approx", link_approx, LINK_APPROXIMATIONS)
+    geometry = posterior.geometry
+    geometry.check(features)
+    check_finite("features", features)
+    mean = posterior.placed("mean", posterior.mean, features)
+    x = features.detach().to(mean.dtype)
+    if link_approx == "mc":
+        check_int("n_samples", n_samples, least=2)
+        return monte_carlo(geometry, x, mean, lambda k: posterior.deviations(k, generator), n_samples, link)
+    output = geometry.apply(x, mean[None])[0]
+    if link_approx == "linearized" and not link.elementwise:
+        check_int("n_samples", n_samples, least=1)
+        away = geometry.apply(x, posterior.deviations(n_samples, generator).to(mean))
+        return push_deviations(link, output, away)
+    return link.moments(Gaussian(output, variance(posterior, x)), link_approx)
 
 
 def closed_variance(

@@ -1,15 +1,15 @@
-"""What a posterior's folder holds: ``posterior.json`` and its tensors; only what prediction needs."""
+"""What is written of a posterior, and of statistics: a folder with ``posterior.json`` or ``statistics.json``, and tensors.
+
+Of a posterior only what prediction needs.
+"""
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
-from bayesdiff.checks import PosteriorFileError
+from bayesdiff.checks import EmptyDataError, PosteriorFileError
 from bayesdiff.head.geometry import HeadGeometry
 from bayesdiff.head.identity import NetworkIdentity
 from bayesdiff.io import read_folder, write_folder
@@ -17,8 +17,12 @@ from bayesdiff.laplace.covariance import Covariance
 
 if TYPE_CHECKING:
     from bayesdiff.laplace.posterior import LaplacePosterior
+    from bayesdiff.laplace.statistics import Statistics
 
 FORMAT = 3
+STATISTICS_FORMAT = 4
+#: What a file that was not written by us may raise.
+UNREADABLE = (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError, OverflowError)
 #: Plain values that are saved as they are.
 PLAIN = (
     "structure", "covariance", "rank", "tolerance", "temperature", "log_likelihood", "num_timesteps", "num_images",
@@ -26,11 +30,6 @@ PLAIN = (
 )  # fmt: skip
 #: Tensors of the same name.
 TENSORS = ("mean", "spectrum", "weights", "noise_variance", "origins")
-
-
-def fingerprint(weight: Tensor) -> str:
-    """SHA-256 of a head's weights ``(C, D)`` as float64 bytes."""
-    return hashlib.sha256(weight.detach().cpu().double().contiguous().numpy().tobytes()).hexdigest()
 
 
 def write_posterior(posterior: LaplacePosterior, folder: str | os.PathLike[str]) -> None:
@@ -75,13 +74,46 @@ def read_posterior(folder: str | os.PathLike[str], made: Callable[..., LaplacePo
             head_path=_text(meta["head"]), network=None if layout is None else NetworkIdentity(layout, tensors["network"]),
         )  # fmt: skip
         recorded = _text(meta["fingerprint"])
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError, OverflowError) as error:
+    except UNREADABLE as error:
         raise PosteriorFileError(
             f"expected a posterior saved by LaplacePosterior.save in {str(folder)!r}, got {type(error).__name__}: {error}"
         ) from error
     if posterior.fingerprint != recorded:
         raise PosteriorFileError(f"expected the fingerprint {recorded} in {str(folder)!r}, got {posterior.fingerprint}")
     return posterior
+
+
+def write_statistics(statistics: Statistics, folder: str | os.PathLike[str]) -> None:
+    """Write statistics; what was there stays whole until the new ones are.
+
+    Raises:
+        OutputFolderError: The folder cannot be written.
+        EmptyDataError: There are no draws.
+    """
+    if not statistics.num_draws:
+        raise EmptyDataError("expected at least one image to save the sums of, got none")
+    statistics.settle()
+    tensors = {**statistics.sums(), **statistics.draws_since(0)}
+    write_folder(folder, "statistics", STATISTICS_FORMAT, tensors, statistics.meta())
+
+
+def read_statistics(folder: str | os.PathLike[str], made: Callable[..., Statistics]) -> Statistics:
+    """What :func:`write_statistics` wrote.
+
+    Args:
+        folder: The folder.
+        made: Makes the statistics of what they are, their sums, and what is kept of single draws.
+
+    Raises:
+        PosteriorFileError: A file is missing, damaged, truncated or of an unknown version.
+    """
+    tensors, meta = read_folder(folder, "statistics", STATISTICS_FORMAT)
+    try:
+        return made(meta, tensors, [tensors] if "scores" in tensors else [])
+    except UNREADABLE as error:
+        raise PosteriorFileError(
+            f"expected what Statistics.save wrote in {str(folder)!r}, got {type(error).__name__}: {error}"
+        ) from error
 
 
 def _text(value: Any) -> str:

@@ -1,10 +1,9 @@
 r"""Streaming sufficient statistics of the head's linear regression.
 
-The head is linear, so all that any Laplace posterior over it needs are
-sums over the data: the Gram matrix of the features, the residual sum of squares, and the gradient of
-each draw. They are kept apart by timestep (in ``num_bins`` equal bins), because the noise variance
-:math:`\sigma_t^2` that weighs them is estimated from the same pass and spans orders of magnitude over t.
-Sums add: over batches, processes and machines.
+The head is linear, so all that any Laplace posterior over it needs are sums over the data: the Gram matrix of the features, the
+residual sum of squares, and the gradient of each draw (:mod:`bayesdiff.laplace.draws`). They are kept apart by timestep (in
+``num_bins`` equal bins), because the noise variance :math:`\sigma_t^2` that weighs them is estimated from the same pass and spans
+orders of magnitude over t. Sums add: over batches, processes and machines.
 
 Where the training loss is not squared error (:mod:`bayesdiff.laplace.loss`), or has weights w that are a function of t,
 gradients are :math:`w\psi(r)\varphi^\top`, and a second Gram matrix is kept, that of the loss's curvature :math:`w\psi'(r)`.
@@ -15,33 +14,25 @@ squares.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bayesdiff.checks import ArgumentError, EmptyDataError, PosteriorFileError, ShapeError, check_finite, check_int
+from bayesdiff.checks import ArgumentError, EmptyDataError, ShapeError, check_finite, check_int
 from bayesdiff.head.geometry import HeadGeometry
-from bayesdiff.io import read_folder, write_folder
+from bayesdiff.head.sums import add_gram, add_weighted_gram, outer_products
+from bayesdiff.io import fitting
+from bayesdiff.laplace.draws import Draws, plain
 from bayesdiff.laplace.loss import Loss, Squares, as_loss, from_dict, to_dict
-from bayesdiff.laplace.sketch import MARKS, Sketch, known_again, marks_of
+from bayesdiff.laplace.saved import read_statistics, write_statistics
 from bayesdiff.laplace.training import Scores
 
-FORMAT = 4
-_SKETCH = ("means", "deviations", "counts", "marks")
-REFIT = "fit with sketch=None for that"
 #: Numbers of features that are worked on at once, in float64.
 WORKED = 2**22
 _SUMS = ("gram", "squared_residuals", "positions", "curvatures", "squared_scores")
-
-
-@contextmanager
-def _plain() -> Iterator[None]:
-    """Sums are neither part of a graph nor of inference mode, whatever the network was run under."""
-    with torch.inference_mode(False), torch.no_grad():
-        yield
 
 
 class Statistics:
@@ -79,28 +70,22 @@ class Statistics:
         self.geometry = geometry
         self.num_bins = num_bins = check_int("num_bins", num_bins, least=1)
         self.loss, self.weighted = as_loss(loss), bool(weighted)
-        with _plain():
-            self._empty(device)
-            self._sketch = None if sketch is None else self._started(check_int("sketch", sketch, least=2))
+        d, c = geometry.in_features, geometry.out_channels
+        with plain():
+            self.gram = torch.zeros(num_bins, d, d, dtype=torch.float64, device=device)
+            self.squared_residuals = torch.zeros(num_bins, c, dtype=torch.float64, device=device)
+            self.positions = torch.zeros(num_bins, dtype=torch.float64, device=device)
+            is_gram = isinstance(self.loss, Squares) and not self.weighted
+            self.curvature = None if is_gram else torch.zeros_like(self.gram)
+            self.curvatures = torch.zeros_like(self.squared_residuals)
+            self.squared_scores = torch.zeros_like(self.squared_residuals)
+            self._draws = Draws((c, d), self.gram.device, sketch)
 
     def __repr__(self) -> str:
         """One line."""
         c, d = self.geometry.out_channels, self.geometry.in_features
         kept = "" if self.sketch is None else f", sketched by {self.sketch}"
         return f"Statistics({c} × {d} weights, {self.num_bins} bins, {self.num_draws} draws of {self.num_images} images{kept})"
-
-    def _empty(self, device: torch.device | str) -> None:
-        num_bins, d, c = self.num_bins, self.geometry.in_features, self.geometry.out_channels
-        self.gram = torch.zeros(num_bins, d, d, dtype=torch.float64, device=device)
-        self.squared_residuals = torch.zeros(num_bins, c, dtype=torch.float64, device=device)
-        self.positions = torch.zeros(num_bins, dtype=torch.float64, device=device)
-        plain = isinstance(self.loss, Squares) and not self.weighted
-        self.curvature = None if plain else torch.zeros_like(self.gram)
-        self.curvatures = torch.zeros_like(self.squared_residuals)
-        self.squared_scores = torch.zeros_like(self.squared_residuals)
-        self._scores: list[Tensor] = []  # (B, C, D): Σ_p w ψ(r) φᵀ of one draw
-        self._score_images: list[Tensor] = []
-        self._score_bins: list[Tensor] = []
 
     def update(
         self,
@@ -128,7 +113,7 @@ class Statistics:
             NonFiniteError: Features or residuals are NaN or infinite.
             ShapeError: The shapes don't fit.
         """
-        with _plain():
+        with plain():
             self._update(inputs, residuals, bins, images, rows, weights)
 
     def _update(
@@ -162,22 +147,17 @@ class Statistics:
         for part in torch.arange(len(x), device=device).split(max(1, WORKED // max(1, x[:1].numel()))):
             of_row = None if weights is None else weights.to(device)[rows[part]]
             scores.index_add_(0, rows[part], self._add_rows(x[part].double(), r[part].double(), by_row[part], of_row))
-        self._scores.append(scores)
-        self._score_images.append(images)
-        self._score_bins.append(bins)
-
-    def _started(self, rows: int) -> Sketch:
-        return Sketch.empty(rows, self.gram.new_zeros(self.geometry.out_channels, self.geometry.in_features))
+        self._draws.add(scores, images, bins)
 
     @property
     def sketch(self) -> int | None:
         """R of sketched gradients, or None."""
-        return None if self._sketch is None else self._sketch.rows
+        return self._draws.rows
 
     @property
     def score_bytes(self) -> int:
         """What the gradients of single draws take."""
-        return sum(s.numel() * s.element_size() for s in self._scores)
+        return sum(s.numel() * s.element_size() for s in self._draws.scores)
 
     def settle(self, sketch: int | None = None) -> None:
         """No more draws will come of the images so far: where gradients are sketched, theirs are put into the sketch.
@@ -185,13 +165,7 @@ class Statistics:
         Args:
             sketch: R, to begin to sketch now.
         """
-        with _plain():
-            if self._sketch is None and sketch is not None:
-                self._sketch = self._started(check_int("sketch", sketch, least=2))
-            if self._sketch is None or not self._scores:
-                return
-            self._sketch.add(self._scores, torch.cat(self._score_images))
-            self._scores, self._score_images, self._score_bins = [], [], []
+        self._draws.settle(sketch)
 
     def _add_rows(self, x: Tensor, r: Tensor, bins: Tensor, weights: Tensor | None) -> Tensor:
         """Add rows of inputs to the sums; their scores. In float64: collinear features leave float32 too few digits."""
@@ -199,11 +173,11 @@ class Statistics:
         by_channel = r.movedim(channel, 1).reshape(len(r), self.geometry.out_channels, -1)  # (B, C, P)
         for b in bins.unique().tolist():
             chosen = bins == b
-            self.geometry.add_gram(x if bool(chosen.all()) else x[chosen], self.gram[b])
+            add_gram(self.geometry, x if bool(chosen.all()) else x[chosen], self.gram[b])
         self.squared_residuals.index_add_(0, bins, by_channel.square().sum(2))
         self.positions.index_add_(0, bins, by_channel.new_full(bins.shape, float(by_channel.shape[2])))
         r = self._add_curvature(x, r, by_channel, bins, None if weights is None else weights.to(r))
-        return self.geometry.outer(x, r)
+        return outer_products(self.geometry, x, r)
 
     def _add_curvature(self, x: Tensor, r: Tensor, by_channel: Tensor, bins: Tensor, weights: Tensor | None) -> Tensor:
         """Add the curvature of the loss; returns wψ(r), shaped as r. All by row of the inputs."""
@@ -222,7 +196,7 @@ class Statistics:
         self.squared_scores.index_add_(0, bins, square.sum(2, dtype=torch.float64))
         for b in bins.unique().tolist():
             chosen = bins == b
-            self.geometry.add_weighted_gram(x[chosen], slope[chosen].mean(1), self.curvature[b])
+            add_weighted_gram(self.geometry, x[chosen], slope[chosen].mean(1), self.curvature[b])
         return score
 
     def merge(self, other: Statistics, *, same_images: bool = False) -> Statistics:
@@ -253,79 +227,22 @@ class Statistics:
                 f"expected statistics of the loss {self.loss}, weighted={self.weighted}, got {other.loss}, "
                 f"weighted={other.weighted}"
             )
-        sketched = self.sketch is not None or other.sketch is not None
-        if same_images and sketched:
-            raise ArgumentError(
-                "expected statistics that keep all gradients for same_images=True, got sketched ones, whose images cannot be "
-                "told apart: fit with sketch=None, or with more draws_per_image at once"
-            )
-        if None not in (self.sketch, other.sketch) and self.sketch != other.sketch:
-            raise ArgumentError(f"expected a sketch of {self.sketch} rows, as here, got {other.sketch}")
-        again = known_again(
-            self._marks(same_images), other._marks(same_images), self.geometry.out_channels * self.geometry.in_features
-        )
-        if again:
-            raise ArgumentError(
-                f"expected other draws than here, got {again} of the very same {'draws' if same_images else 'images'}: the same "
-                "data fitted with the same seed would count twice; give each fit images of its own, or a generator with a seed "
-                "of its own and same_images=True"
-            )
-        if sketched:
-            return self._merge_sketches(other)
-        shift = 0
-        if not same_images and self._scores and other._scores:
-            shift = 1 + int(torch.cat(self._score_images).max()) - min(0, int(torch.cat(other._score_images).min()))
-        with _plain():
-            self._add(other, shift)
+        self._draws.check_others(other._draws, same_images=same_images)
+        with plain():
+            self._draws.merge(other._draws, same_images=same_images)
+            for name in _SUMS if self.curvature is None else (*_SUMS, "curvature"):
+                getattr(self, name).add_(getattr(other, name).to(self.gram))
         return self
-
-    def _merge_sketches(self, other: Statistics) -> Statistics:
-        rows = self.sketch or other.sketch
-        self.settle(rows)
-        with _plain():
-            assert self._sketch is not None
-            if other._sketch is not None:
-                self._sketch.merge(other._sketch)
-            if other._scores:
-                self._sketch.add(other._scores, torch.cat(other._score_images))
-            self._add_sums(other)
-        return self
-
-    def _add(self, other: Statistics, shift: int) -> None:
-        self._add_sums(other)
-        device = self.gram.device
-        self._scores += [s.to(device) for s in other._scores]
-        self._score_images += [s.to(device) + shift for s in other._score_images]
-        self._score_bins += [s.to(device) for s in other._score_bins]
-
-    def _add_sums(self, other: Statistics) -> None:
-        self.gram += other.gram.to(self.gram)
-        if self.curvature is not None and other.curvature is not None:
-            self.curvature += other.curvature.to(self.gram)
-        self.curvatures += other.curvatures.to(self.gram)
-        self.squared_scores += other.squared_scores.to(self.gram)
-        self.squared_residuals += other.squared_residuals.to(self.gram)
-        self.positions += other.positions.to(self.gram)
-
-    def _marks(self, by_draw: bool) -> Tensor:
-        """What each draw, or each image, is known by, ``(n, 8)``."""
-        known = self.gram.new_zeros(0, MARKS).cpu() if self._sketch is None else self._sketch.marks
-        if not self._scores:
-            return known
-        images = torch.cat(self._score_images)
-        rows = torch.arange(len(images), device=images.device) if by_draw else images.unique(return_inverse=True)[1]
-        return torch.cat([known, marks_of(self._scores, rows)])
 
     @property
     def num_images(self) -> int:
         """n: how many different images the draws come from."""
-        pending = int(torch.cat(self._score_images).unique().numel()) if self._score_images else 0
-        return pending + (0 if self._sketch is None else len(self._sketch.counts))
+        return self._draws.num_images
 
     @property
     def num_draws(self) -> int:
         """How many (image, timestep, noise) draws were added."""
-        return sum(len(s) for s in self._scores) + (0 if self._sketch is None else int(self._sketch.counts.sum()))
+        return self._draws.num_draws
 
     @property
     def trained_channels(self) -> int:
@@ -380,23 +297,6 @@ class Statistics:
             return torch.einsum("bij,b->ij", self.curvature, size[:, 0])
         return torch.einsum("bij,bc->cij", self.curvature, size)
 
-    def draw_scores(self, weights: Tensor) -> tuple[Tensor, Tensor]:
-        r""":math:`g_{ij} = w_b \sum_p w\psi(r)\varphi^\top` of each draw, ``(draws, C, D)``, and its image's row, ``(draws,)``.
-
-        Raises:
-            EmptyDataError: No draws were added.
-            ArgumentError: The gradients are sketched.
-        """
-        if self._sketch is not None:
-            raise ArgumentError(
-                f"expected statistics that keep all gradients, got a sketch of {self.sketch} rows: {REFIT}"
-            )
-        if not self._scores:
-            raise EmptyDataError("expected at least one image to fit to, got none")
-        _, rows = torch.cat(self._score_images).unique(return_inverse=True)
-        by_draw = weights.to(self.gram)[torch.cat(self._score_bins)]
-        return torch.cat(self._scores) * by_draw[:, None, None], rows
-
     def scores_by_image(self, weights: Tensor) -> Scores:
         """Means and deviations of each image's draws: see :mod:`bayesdiff.laplace.training`.
 
@@ -404,17 +304,7 @@ class Statistics:
             EmptyDataError: No draws were added.
             ArgumentError: The gradients are sketched, and the weights differ between bins.
         """
-        if self._sketch is not None:
-            self.settle()
-            if not len(self._sketch.counts):
-                raise EmptyDataError("expected at least one image to fit to, got none")
-            if not bool((weights == weights[0]).all()):
-                raise ArgumentError(
-                    f"expected one weight for all timestep bins, as sketched gradients have, got {len(weights.unique())}: they "
-                    f'were mixed over the bins, so neither covariance "ef" nor loss_weights by bin can be cut from them; {REFIT}'
-                )
-            return self._sketch.scores(float(weights[0]))
-        return Scores.of(*self.draw_scores(weights))
+        return self._draws.by_image(weights)
 
     def image_scores(self, weights: Tensor) -> Tensor:
         r""":math:`g_i = \sum_{draws} w_b \sum_p w\psi(r)\varphi^\top`, one row for each image: ``(n, C, D)``.
@@ -422,17 +312,12 @@ class Statistics:
         Raises:
             EmptyDataError: No draws were added.
         """
-        if (
-            self._sketch is not None
-        ):  # the same sums of squares; an image with fewer draws counts as one with the mean number
-            return self.scores_by_image(weights).means * (self.num_draws / self.num_images)
-        scores, rows = self.draw_scores(weights)
-        return scores.new_zeros(self.num_images, *scores.shape[1:]).index_add_(0, rows, scores)
+        return self._draws.summed(weights)
 
     @property
     def num_batches(self) -> int:
         """How often :meth:`update` was called."""
-        return len(self._scores)
+        return len(self._draws.scores)
 
     def meta(self) -> dict[str, Any]:
         """What the sums are of, as JSON has it."""
@@ -445,17 +330,12 @@ class Statistics:
 
     def sums(self) -> dict[str, Tensor]:
         """What is of one size however many draws there are."""
-        out = {name: getattr(self, name) for name in _SUMS}
-        if self._sketch is not None:
-            out |= {f"sketch.{name}": getattr(self._sketch, name) for name in _SKETCH}
+        out = {name: getattr(self, name) for name in _SUMS} | self._draws.sums()
         return out if self.curvature is None else {**out, "curvature": self.curvature}
 
     def draws_since(self, batch: int) -> dict[str, Tensor]:
         """What is kept of single draws, of all batches from number ``batch`` on; empty if there are none."""
-        if batch >= len(self._scores):
-            return {}
-        lists = {"scores": self._scores, "images": self._score_images, "bins": self._score_bins}
-        return {name: torch.cat(values[batch:]) for name, values in lists.items()}
+        return self._draws.since(batch)
 
     @classmethod
     def from_state(
@@ -468,29 +348,11 @@ class Statistics:
             weighted=meta["weighted"],
         )  # fmt: skip
         for name in _SUMS if out.curvature is None else (*_SUMS, "curvature"):
-            setattr(out, name, _fitting(name, sums[name], getattr(out, name).shape).to(device))
+            setattr(out, name, fitting(name, sums[name], getattr(out, name).shape).to(device))
         for name in ("squared_residuals", "positions", "squared_scores"):
             if bool((getattr(out, name) < 0).any()):
                 raise ArgumentError(f"expected {name} >= 0, got {float(getattr(out, name).min()):.3g}")
-        shape = (out.geometry.out_channels, out.geometry.in_features)
-        rows = meta.get("sketch")
-        if rows is not None:
-            means, deviations = (_fitting(n, sums[f"sketch.{n}"], (rows, *shape)).to(device) for n in _SKETCH[:2])
-            counts = sums["sketch.counts"]
-            marks = _fitting("marks", sums["sketch.marks"], (len(counts), MARKS))
-            out._sketch = Sketch(means, deviations, _fitting("counts", counts, (len(counts),)), marks)
-            if not bool((counts >= 1).all()):
-                raise ArgumentError(f"expected counts of at least one draw, got {float(counts.min()):.3g}")
-        for part in draws:
-            n = len(part["scores"])
-            _fitting("scores", part["scores"], (n, *shape))
-            for name in ("images", "bins"):
-                _fitting(name, part[name], (n,), torch.int64)
-            if n and not 0 <= int(part["bins"].min()) <= int(part["bins"].max()) < out.num_bins:
-                raise ShapeError(f"expected bins from 0 to {out.num_bins - 1}, got others")
-        out._scores, out._score_images, out._score_bins = (
-            [part[k].to(device) for part in draws] for k in ("scores", "images", "bins")
-        )
+        out._draws.take(meta.get("sketch"), sums, draws, out.num_bins)
         return out
 
     def save(self, folder: str | os.PathLike[str]) -> None:
@@ -500,11 +362,7 @@ class Statistics:
             OutputFolderError: The folder cannot be written.
             EmptyDataError: There are no draws.
         """
-        if not self.num_draws:
-            raise EmptyDataError("expected at least one image to save the sums of, got none")
-        self.settle()
-        tensors = {**self.sums(), **self.draws_since(0)}
-        write_folder(folder, "statistics", FORMAT, tensors, self.meta())
+        write_statistics(self, folder)
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str], device: torch.device | str = "cpu") -> Statistics:
@@ -513,21 +371,4 @@ class Statistics:
         Raises:
             PosteriorFileError: A file is missing, damaged, truncated or of an unknown version.
         """
-        tensors, meta = read_folder(folder, "statistics", FORMAT)
-        try:
-            return cls.from_state(meta, tensors, [tensors] if "scores" in tensors else [], device)
-        except (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError, OverflowError) as error:
-            raise PosteriorFileError(
-                f"expected what Statistics.save wrote in {str(folder)!r}, got {type(error).__name__}: {error}"
-            ) from error
-
-
-def _fitting(name: str, value: Tensor, shape: Sequence[int], dtype: torch.dtype = torch.float64) -> Tensor:
-    """A tensor of a file, if it has the shape and dtype that it should have and finite numbers.
-
-    Raises:
-        ShapeError, NonFiniteError: It has not.
-    """
-    if tuple(value.shape) != tuple(shape) or value.dtype != dtype:
-        raise ShapeError(f"expected {name} as {dtype} {tuple(shape)}, got {value.dtype} {tuple(value.shape)}")
-    return check_finite(name, value)
+        return read_statistics(folder, partial(cls.from_state, device=device))

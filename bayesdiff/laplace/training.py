@@ -210,6 +210,26 @@ def _roots(precision: Tensor) -> tuple[Tensor, Tensor]:
     return (vectors * values) @ vectors.T, (vectors / values) @ vectors.T
 
 
+def shares_by_bin(origins: Tensor, num_timesteps: int) -> list[dict[str, float]]:
+    """The rows of :meth:`bayesdiff.LaplacePosterior.shares`.
+
+    Args:
+        origins: What A and B/M contribute to each bin, ``(T, 2)``.
+        num_timesteps: That the bins divide.
+    """
+    width = num_timesteps / len(origins)
+    rows = []
+    for b, (between, within) in enumerate(origins.tolist()):
+        total = between + within
+        if total == 0:  # no draws
+            continue
+        rows.append({
+            "t_low": b * width, "t_high": (b + 1) * width, "between": between, "within": within,
+            "share_between": between / total, "share_within": within / total,
+        })  # fmt: skip
+    return rows
+
+
 def choose_draws(draws_per_image: int | None, training_draws: float | None) -> int:
     """m: as given; else ten, or M rounded up (and at least two) if that is less; one where M is not given.
 

@@ -16,6 +16,7 @@ from torch import Generator, Tensor
 from tqdm import tqdm
 
 from bayesdiff.head.geometry import HeadGeometry
+from bayesdiff.head.sums import add_weighted_gram, gram_matrix, outer_products
 from bayesdiff.laplace.loss import Loss
 
 #: Part of the median |r| below which ψ(r)/r is that of the median's part.
@@ -56,10 +57,10 @@ def least_squares(
             phi = geometry.design(x).double().reshape(len(x), -1, d)
             own = (phi.mT @ phi)[:, upper[0], upper[1]] * weights[:, None]
         else:
-            own = torch.stack([geometry.gram(row[None])[upper[0], upper[1]] for row in x]) * weights[:, None]
+            own = torch.stack([gram_matrix(geometry, row[None])[upper[0], upper[1]] for row in x]) * weights[:, None]
         times = counts[:, first : first + len(x)]
         grams.addmm_(times, own)
-        crosses.addmm_(times, geometry.outer(x.double(), r.double()).flatten(1) * weights[:, None])
+        crosses.addmm_(times, outer_products(geometry, x.double(), r.double()).flatten(1) * weights[:, None])
     heads = []
     for gram, cross in zip(grams, crosses, strict=True):
         full = torch.zeros(d, d, dtype=torch.float64)
@@ -99,7 +100,7 @@ def m_estimates(
         size = r.abs().clamp(min=FLOOR * float(r.abs().median()))
         slope = (loss.score(size) / size).mean(channel).flatten(1)
         mean = counts[:, first : first + len(x)].mean(0) * weights
-        geometry.add_weighted_gram(x.float(), mean[:, None] * slope, gram)
+        add_weighted_gram(geometry, x.float(), mean[:, None] * slope, gram)
     inverse = torch.linalg.inv(gram + ridge * torch.eye(d, dtype=torch.float64))
 
     def gradient(heads: Tensor) -> Tensor:
@@ -109,7 +110,7 @@ def m_estimates(
             away = geometry.apply(x.float(), heads.float())  # (R, B, C, …)
             psi = loss.score(r - away).transpose(0, 1)  # (B, R, …, C, …)
             psi = psi.flatten(1, 2) if channel == 1 else psi.movedim(1, -2).flatten(-2)
-            scores = many.outer(x.float(), psi.contiguous()).unflatten(1, (number, c))  # (B, R, C, D)
+            scores = outer_products(many, x.float(), psi.contiguous()).unflatten(1, (number, c))  # (B, R, C, D)
             total += torch.einsum("rb,brcd->rcd", counts[:, first : first + len(x)] * weights, scores.double())
         return total
 

@@ -12,9 +12,9 @@ from torch import Generator, Tensor
 from bayesdiff.diffusion.density import Density
 from bayesdiff.diffusion.noising import draw, noised
 from bayesdiff.diffusion.weighting import Weighting
-from bayesdiff.fitting.regression import source_of, training_timesteps
 from bayesdiff.fitting.samples import Clean
 from bayesdiff.fitting.seen import Seen
+from bayesdiff.fitting.source import source_of, training_timesteps
 from bayesdiff.head.find import Head
 from bayesdiff.rng import item_generator
 

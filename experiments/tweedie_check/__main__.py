@@ -29,7 +29,7 @@ from torch import Tensor
 import bayesdiff
 from bayesdiff.diffusion.parametrization import alpha_sigma, clean_coefficients, is_flow, is_reversed, prediction_type
 from bayesdiff.diffusion.tweedie import clean_variance
-from bayesdiff.fitting.regression import source_of
+from bayesdiff.fitting.source import source_of
 from bayesdiff.io import write_figure
 from bayesdiff.rng import item_generator
 from experiments.common import agreement, command, record, results_folder, table

@@ -16,7 +16,7 @@ from bayesdiff.data import open_images
 from bayesdiff.data.framing import Framing
 from bayesdiff.diffusion.noising import noised
 from bayesdiff.diffusion.parametrization import alpha_sigma
-from bayesdiff.fitting.regression import source_of
+from bayesdiff.fitting.source import source_of
 from tests.calibration.gaussian import call, made
 
 ALL = {WEIGHTS, THEIRS, THEIR_NOISE, "constant", "tweedie", "log-linear, quantiles", "log-linear, student-t"}

@@ -10,6 +10,7 @@ import torch
 import bayesdiff
 from bayesdiff.diffusion.noising import draw
 from bayesdiff.head.geometry import HeadGeometry
+from bayesdiff.head.sums import outer_products
 from bayesdiff.io import environment
 from bayesdiff.laplace.loss import L1, Huber
 from experiments.common import agreement, record, results_folder, table
@@ -92,7 +93,7 @@ def test_the_judge_sees_the_gradients_of_the_training_loss(name):
     t = torch.tensor([30, 500, 950])
     noise = torch.randn((3, *subject.shape), generator=torch.Generator().manual_seed(4), dtype=torch.float64)
     x, r = subject.observe(torch.tensor([0, 1, 2]), t, noise)
-    scores = subject.head.geometry.outer(x, r)
+    scores = outer_products(subject.head.geometry, x, r)
     layer = network.get_submodule(path).requires_grad_()
     output, target = recipe(pipe, data["images"], t, noise)
     for i in range(3):

@@ -13,6 +13,7 @@ from bayesdiff.checks import AmbiguousHeadError, HeadNotFoundError, ShapeError, 
 from bayesdiff.head.find import find_head
 from bayesdiff.head.geometry import HeadGeometry
 from bayesdiff.head.layer import Head
+from bayesdiff.head.sums import gram_matrix, outer_products
 from tests import cases
 from tests.references import im2col, jacobian
 
@@ -79,14 +80,14 @@ def test_linear_algebra_equals_explicit_jacobian(case):
     torch.testing.assert_close(geometry.design(x), phi)
     torch.testing.assert_close(im2col(case.layer, x), phi)
     expected = torch.einsum("bpi,bpj->ij", phi, phi)
-    torch.testing.assert_close(geometry.gram(x), expected, rtol=1e-10, atol=1e-10)
-    in_float32 = geometry.gram(case.inputs)
+    torch.testing.assert_close(gram_matrix(geometry, x), expected, rtol=1e-10, atol=1e-10)
+    in_float32 = gram_matrix(geometry, case.inputs)
     assert in_float32.dtype == torch.float64
     assert float((in_float32 - expected).abs().max() / expected.abs().max()) < 5e-6
     channel = 1 if geometry.kind == "conv" else -1
     by_position = r.movedim(channel, -1).flatten(1, -2) if r.ndim > 2 else r[:, None]
     expected = torch.einsum("bpc,bpd->bcd", by_position, phi)
-    torch.testing.assert_close(geometry.outer(x, r), expected, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(outer_products(geometry, x, r), expected, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("case", LAYERS, ids=str)
@@ -116,8 +117,8 @@ def test_autocast_does_not_reach_the_algebra(case):
 
     def everything():
         return [
-            geometry.apply(case.inputs, weight[None]), geometry.gram(case.inputs), geometry.squared(case.inputs, weight),
-            geometry.outer(case.inputs, case.residuals),
+            geometry.apply(case.inputs, weight[None]), gram_matrix(geometry, case.inputs), geometry.squared(case.inputs, weight),
+            outer_products(geometry, case.inputs, case.residuals),
             geometry.squared_norm(case.inputs, weight[None], weight[:, : len(weight)].square()),
         ]  # fmt: skip
 

@@ -23,8 +23,8 @@ from bayesdiff.laplace.links import (
     Sigmoid,
     Smooth,
     link,
-    push_deviations,
 )
+from bayesdiff.laplace.push import push_deviations
 
 #: Standard errors that a Monte Carlo estimate may be off.
 MC_TOLERANCE = 4.0

@@ -295,5 +295,7 @@ def test_sketches_add_up_in_any_order(problem, data):
     out.settle(8)
     assert (out.num_images, out.num_draws) == (whole.num_images, whole.num_draws)
     for name in ("means", "deviations"):
-        scale = 1e-12 * float(getattr(whole._sketch, name).abs().max()) + 1e-300
-        torch.testing.assert_close(getattr(out._sketch, name), getattr(whole._sketch, name), rtol=1e-9, atol=scale)
+        scale = 1e-12 * float(getattr(whole._draws.sketch, name).abs().max()) + 1e-300
+        torch.testing.assert_close(
+            getattr(out._draws.sketch, name), getattr(whole._draws.sketch, name), rtol=1e-9, atol=scale
+        )

@@ -82,10 +82,12 @@ def test_signs_do_not_depend_on_batches_or_processes(problem):
     for out in (halves, mixed, other_way, fitted(problem, R, batch=7)):
         assert (out.num_images, out.num_draws) == (IMAGES, IMAGES * DRAWS)
         for name in ("means", "deviations"):
-            torch.testing.assert_close(getattr(out._sketch, name), getattr(whole._sketch, name), rtol=1e-9, atol=1e-9)
+            torch.testing.assert_close(
+                getattr(out._draws.sketch, name), getattr(whole._draws.sketch, name), rtol=1e-9, atol=1e-9
+            )
     begun = fitted(problem, None)
     begun.settle(R)  # late
-    torch.testing.assert_close(begun._sketch.means, whole._sketch.means, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(begun._draws.sketch.means, whole._draws.sketch.means, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("sketches", [(None, None), (R, R), (None, R), (R, None)], ids=str)
