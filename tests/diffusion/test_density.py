@@ -10,6 +10,7 @@ from bayesdiff.checks import ArgumentError, ShapeError
 from bayesdiff.diffusion.density import LogitNormal, TruncatedNormal, as_density, sample
 from bayesdiff.diffusion.noising import draw
 from tests import cases
+from tests.ids import named
 
 VP, FLOW = cases.scheduler(), FlowMatchEulerDiscreteScheduler()
 #: The Kolmogorov–Smirnov distance of n draws exceeds 1.95/√n once in a thousand.
@@ -39,7 +40,7 @@ def normal_cdf(x):
         ),
         (TruncatedNormal(0.0, 1.0), lambda u: (normal_cdf(u) - 0.5) / (normal_cdf(torch.tensor(1.0)) - 0.5)),
     ],
-    ids=str,
+    ids=named,
 )
 def test_distribution(density, cdf):
     n = 20_000

@@ -25,6 +25,7 @@ from bayesdiff.laplace.links import (
     link,
 )
 from bayesdiff.laplace.push import push_deviations
+from tests.ids import named
 
 #: Standard errors that a Monte Carlo estimate may be off.
 MC_TOLERANCE = 4.0
@@ -169,7 +170,7 @@ def test_exceedance_of_a_certain_pixel_is_a_step():
 
 
 @pytest.mark.parametrize(
-    "kind", [Identity(), ClampedPixel(), ClampedPixel(0.0, 2.0), Exceedance(0.3), Exceedance(0.5, 0.0, 2.0)], ids=str
+    "kind", [Identity(), ClampedPixel(), ClampedPixel(0.0, 2.0), Exceedance(0.3), Exceedance(0.5, 0.0, 2.0)], ids=named
 )
 def test_exact_moments_equal_monte_carlo(kind):
     n = 10**6
@@ -240,7 +241,7 @@ def test_sigmoid_probit_is_symmetric_and_exact_in_its_limits():
 
 
 @pytest.mark.parametrize(
-    ("kind", "h"), [(Sigmoid(), special.expit), (Smooth(torch.tanh), np.tanh), (Smooth(torch.exp), np.exp)], ids=str
+    ("kind", "h"), [(Sigmoid(), special.expit), (Smooth(torch.tanh), np.tanh), (Smooth(torch.exp), np.exp)], ids=named
 )
 def test_linearized_is_exact_to_first_order(kind, h):
     x, w = np.polynomial.hermite_e.hermegauss(60)
@@ -257,7 +258,7 @@ def test_linearized_is_exact_to_first_order(kind, h):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("kind", "approx"), PAIRS, ids=str)
+@pytest.mark.parametrize(("kind", "approx"), PAIRS, ids=named)
 def test_dtypes_and_shapes_are_kept(kind, approx, dtype):
     generator = torch.Generator().manual_seed(0)
     mean = torch.randn(2, 3, 4, 5, generator=generator).to(dtype)
@@ -279,7 +280,7 @@ def test_dtypes_and_shapes_are_kept(kind, approx, dtype):
         assert part.shape == shape
 
 
-@pytest.mark.parametrize(("kind", "approx"), [p for p in PAIRS if not isinstance(p[0], Identity)], ids=str)
+@pytest.mark.parametrize(("kind", "approx"), [p for p in PAIRS if not isinstance(p[0], Identity)], ids=named)
 def test_variances_are_never_negative(kind, approx):
     """Over 200 orders of magnitude; Gaussian itself refuses a negative or NaN variance."""
     n = 200_000
@@ -302,7 +303,7 @@ def test_variances_are_never_negative(kind, approx):
             assert bool((got.variance <= got.mean * (1 - got.mean) + 1e-12).all())
 
 
-@pytest.mark.parametrize("kind", [*ALL, Smooth(torch.tanh, elementwise=False)], ids=str)
+@pytest.mark.parametrize("kind", [*ALL, Smooth(torch.tanh, elementwise=False)], ids=named)
 def test_what_has_no_meaning_is_refused(kind):
     given = gaussian([0.1], [0.2])
     for approx in REFUSED[type(kind)]:

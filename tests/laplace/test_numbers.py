@@ -16,6 +16,7 @@ from bayesdiff.head.geometry import HeadGeometry
 from bayesdiff.laplace import HeadLaplace
 from bayesdiff.laplace.posterior import LaplacePosterior
 from bayesdiff.laplace.statistics import Statistics
+from tests.ids import named
 
 N = 400
 
@@ -106,7 +107,7 @@ def test_large_features():
         {"prior_precision": -1}, {"prior_precision": float("nan")}, {"prior_precision": float("inf")}, {"temperature": 0},
         {"temperature": float("nan")}, {"prior_mean": float("nan")},
     ],
-    ids=str,
+    ids=named,
 )  # fmt: skip
 def test_head_laplace_refuses_bad_numbers(settings):
     with pytest.raises(ArgumentError, match="finite"):
@@ -166,7 +167,7 @@ def test_autocast_does_not_reach_the_sums():
         {"prior_precision": torch.tensor(2.0)}, {"training_draws": np.float32(1)}, {"num_timesteps": np.int32(1000)},
         {"noise_variance": np.float32(0.5)}, {"loss_weights": np.ones(1)}, {"prior_precision": torch.ones(1, requires_grad=True)},
     ],
-    ids=str,
+    ids=named,
 )  # fmt: skip
 def test_numbers_of_other_types_are_kept_as_plain_ones(settings, tmp_path):
     x, y = normal(40, 8).float(), normal(40, 1).float()
@@ -189,7 +190,7 @@ def test_numbers_of_other_types_are_kept_as_plain_ones(settings, tmp_path):
         {"loss_weights": None}, {"structure": ["full"]},
         {"rank": 1.5, "structure": "lowrank"}, {"num_timesteps": "1000"}, {"tolerance": float("nan")}, {"dataset_size": 1e9},
     ],
-    ids=str,
+    ids=named,
 )  # fmt: skip
 def test_bad_settings_are_typed_errors(settings, tmp_path):
     with pytest.raises(ArgumentError):
