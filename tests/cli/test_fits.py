@@ -53,6 +53,7 @@ MODELS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:the decoder bends")  # random decoders, and posteriors of four images
 @pytest.mark.parametrize("name", MODELS)
 def test_a_saved_pipeline_from_a_folder_of_pictures_to_a_map(name, saved, tmp_path):
     rows, arguments = MODELS[name]
