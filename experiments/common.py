@@ -39,6 +39,7 @@ def seeded(seed: int) -> torch.Generator:
 
 
 @functools.cache
+@functools.cache
 def fitted(seed: int) -> bayesdiff.LaplacePosterior:
     """A posterior of the shipped model, which does not depend on the scheduler.
 

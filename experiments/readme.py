@@ -11,6 +11,7 @@ from typing import Any
 
 from bayesdiff.propagation.settings import Tangents
 from experiments.pages import NOT_RUN, markdown, read, written
+from experiments.posterior_check.__main__ import folder_name
 
 PAGES = (Path("README.md"), Path("docs/propagation.md"))
 MODELS = ("fashion-ddpm", "fashion-4step", "earth-sd", "earth-sd3")
@@ -66,7 +67,7 @@ def refits(_: str) -> str:
     """Of one step: the sandwich that is told M, and the plain GGN, against refits; the worst and best timestep."""
     lines = []
     for model in MODELS:
-        found = read("posterior_check" + ("" if model == "fashion-ddpm" else "_" + model.replace("-", "_")))
+        found = read(folder_name(model))
         if found is None:
             continue
         rows = {n: [r for r in found["results"]["agreement"] if r["posterior"] == n] for n in ("M is told", "ggn")}

@@ -231,7 +231,7 @@ def shares_by_bin(origins: Tensor, num_timesteps: int) -> list[dict[str, float]]
 
 
 def choose_draws(draws_per_image: int | None, training_draws: float | None) -> int:
-    """m: as given; else ten, or M rounded up (and at least two) if that is less; one where M is not given.
+    """m: as given; else ten, or M rounded up if that is less, at least two; one where M is not given, or one.
 
     Raises:
         ArgumentError: m or M is out of range, or m is too few to tell A and B apart.
@@ -239,23 +239,20 @@ def choose_draws(draws_per_image: int | None, training_draws: float | None) -> i
     if training_draws is not None:
         training_draws = check_training_draws(training_draws)
     if draws_per_image is None:
-        m = 1 if training_draws is None else max(2, min(DRAWS, math.ceil(training_draws)))
-        m = 1 if training_draws == 1 else m
+        m = 1 if training_draws in (None, 1) else max(2, min(DRAWS, math.ceil(training_draws)))
     else:
         m = check_int("draws_per_image", draws_per_image, least=1)
     if training_draws is None:
         warnings.warn(
             f"how many draws (t, ε) each image had in the network's training is not given: it is taken to be {m}, "
-            "as many as here. "
-            "Uncertainty falls with them; training_draws = steps · batch size / number of images",
+            "as many as here. Uncertainty falls with them; training_draws = steps · batch size / number of images",
             TrainingDrawsWarning,
             stacklevel=3,
         )
     elif m == 1 and training_draws != 1:
         raise ArgumentError(
             f"expected draws_per_image >= 2 where training_draws is {training_draws}: one draw of an image does "
-            "not tell the variance "
-            "between images from that between draws"
+            "not tell the variance between images from that between draws"
         )
     return m
 

@@ -282,24 +282,24 @@ class TangentRun:
             rows = torch.cat([reduced(r, number, item_generator(1, n)) for r in rows.split(1)])
         norm = rows.square().sum(2, keepdim=True).sqrt()
         length = norm[..., 0].square().sum(1, keepdim=True).div(self.draws).sqrt()
-        unit = rows / torch.where(norm > 0, norm, 1.0)
-        images = entered.derivatives(
-            unit, torch.where(length > 0, length, 1.0), self.settings.directions_per_call, central=every and self.exact
-        )
-        images = norm * images
+        length = torch.where(length > 0, length, 1.0)
+        unit, together = rows / torch.where(norm > 0, norm, 1.0), self.settings.directions_per_call
+        images = norm * entered.derivatives(unit, length, together, central=every and self.exact)
         if self._draws.start == 0:
-            self.bends.append(self._bend(entered, rows, images))
+            self.bends.append(self._bend(entered, rows, images, length))
         return entered.returned.unpack(images.to(self.dtype))
 
-    def _bend(self, entered: Entered, rows: Tensor, images: Tensor) -> float:
-        """One more evaluation, along a mixture of all directions as large as a draw, against what they say of it together."""
+    def _bend(self, entered: Entered, rows: Tensor, images: Tensor, length: Tensor) -> float:
+        r"""One more evaluation, along a mixture of all directions as large as a draw, against what they say of it together.
+
+        With rows :math:`r_j`, their images :math:`Jr_j` and signs :math:`\xi_j`: the relative size of
+        :math:`J\sum_j\xi_jr_j - \sum_j\xi_jJr_j`, which is 0 where the decoder is linear within the deviations.
+        """
         signs = torch.randint(2, rows.shape[1:2], generator=item_generator(2, 0)).to(rows) * 2 - 1
-        mixture = signs @ rows / rows.shape[1] ** 0.5
+        mixture, told = signs @ rows, signs @ images
         if not bool(mixture.any()):
             return 0.0
-        typical = rows.square().sum((1, 2)).div(self.draws).sqrt().unsqueeze(1)
-        found = entered.derivatives(mixture.unsqueeze(1), typical)[:, 0]
-        told = (signs @ images) / rows.shape[1] ** 0.5
+        found = entered.derivatives(mixture.unsqueeze(1), length)[:, 0]
         apart = (found - told).square().sum(1) / torch.where(told.any(1), told.square().sum(1), 1.0)
         return float(apart.max().sqrt())
 

@@ -35,6 +35,7 @@ from bayesdiff.diffusion.density import Density, as_density
 from bayesdiff.diffusion.weighting import Weighting, as_weighting
 from bayesdiff.io import write_figure
 from bayesdiff.laplace.loss import Loss, Squares, as_loss
+from bayesdiff.laplace.training import choose_draws
 from experiments.common import agreement, command, record, results_folder, table
 from experiments.posterior_check.refits import least_squares, m_estimates, resample
 from experiments.posterior_check.subject import Only, Subject
@@ -133,6 +134,14 @@ def plot(
     return figure
 
 
+def folder_name(model: str, loss: str = "squares", loss_weights: str = "uniform", density: str = "uniform") -> str:
+    """Where a run's results go: one for each model (of its own density), and each other loss, weighting, density."""
+    density = "uniform" if model != "fashion-ddpm" else density
+    usual = ("fashion-ddpm", "squares", "uniform", "uniform")
+    parts = [v for v, u in zip((model, loss, loss_weights, density), usual, strict=True) if v != u]
+    return "_".join(["posterior_check", *parts]).replace("-", "_")
+
+
 def main(
     model: Annotated[str, typer.Option(help="A model of the zoo.")] = "fashion-ddpm",
     refits_number: Annotated[int, typer.Option("--refits", help="Refits of the head.")] = 300,
@@ -154,13 +163,14 @@ def main(
     out: Annotated[Path | None, typer.Option(help="Folder of the results.")] = None,
 ) -> None:
     """Compare the posterior's predictive variance with refits of the head."""
-    folder = results_folder("posterior_check", out)
+    folder = results_folder(folder_name(model, loss, loss_weights, density), out)
     started = time.perf_counter()
     pipe, data = bayesdiff.zoo.load(model)
     heldout = data.heldout
     if heldout is None:
         raise RuntimeError("expected a model with held-out data")
     training_draws = training_draws or round(data.training_draws or 1)
+    draws = draws or max(2, choose_draws(None, training_draws))  # one does not tell A from B
     number = images or data.num_images
     index = torch.randperm(data.num_images, generator=torch.Generator().manual_seed(seed))[:number].sort().values
     data = data.subset(index)
@@ -177,7 +187,7 @@ def main(
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", BayesdiffWarning)
         fitted = bayesdiff.fit(
-            pipe, data, draws_per_image=draws or None, training_draws=training_draws, loss=loss, loss_weights=loss_weights,
+            pipe, data, draws_per_image=draws, training_draws=training_draws, loss=loss, loss_weights=loss_weights,
             timestep_density=density_of or "uniform", pipe_kwargs=keywords, encode=encode,
             generator=torch.Generator().manual_seed(seed),
         )  # fmt: skip

@@ -35,18 +35,17 @@ SIZES = {
     "filtering-earth": Size(images=96, seeds=5, steps=10, draws=48),
     "prompts": Size(images=240, seeds=3, steps=10, draws=48),
 }
+FILTERED = {
+    "score": "", "measure": "", "value": ".3f", "chance": ".3f", "difference": ".3f", "difference_se": ".3f", "seeds": "d",
+}  # fmt: skip
 COLUMNS = {
     "ood": {"model": "", "set": "", "score": "", "auroc": ".3f", "auroc_se": ".3f"},
     "restoration": {
         "task": "", "map": "", "ause": ".3f", "ause_se": ".3f", "aurg": ".3f", "aurg_se": ".3f", "aurc_of_chance": ".3f",
         "spearman": ".3f", "images_spearman": ".3f", "ratio_rms": ".3f",
     },
-    "filtering": {
-        "score": "", "measure": "", "value": ".3f", "chance": ".3f", "difference": ".3f", "difference_se": ".3f", "seeds": "d",
-    },
-    "filtering-earth": {
-        "score": "", "measure": "", "value": ".3f", "chance": ".3f", "difference": ".3f", "difference_se": ".3f", "seeds": "d",
-    },
+    "filtering": FILTERED,
+    "filtering-earth": FILTERED,
     "prompts": {"kind": "", "score": "", "mean": ".4f", "se": ".4f", "auroc": ".3f", "prompts": "d"},
 }  # fmt: skip
 FASHION = Path("/usr/share/datasets/fashion-mnist")

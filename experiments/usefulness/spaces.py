@@ -115,9 +115,7 @@ class Frechet:
     """
 
     def __init__(self, real: Tensor) -> None:
-        self._metric = FrechetInceptionDistance(feature=Given(real.shape[1]), reset_real_features=False).set_dtype(
-            torch.float64
-        )
+        self._metric = FrechetInceptionDistance(feature=Given(real.shape[1]), reset_real_features=False)
         self._metric.update(real.double(), real=True)
 
     def __call__(self, features: Tensor) -> float:

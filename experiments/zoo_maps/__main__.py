@@ -87,11 +87,13 @@ def main(
             {
                 "method": name, **judged([o.std for o in outputs], reference.std),
                 "calls_ratio": outputs[0].calls / outputs[0].plain_calls, "decoder_calls": outputs[0].other_calls,
+                "decoder_residual": max(o.decoder_residual for o in outputs),
                 "seconds": sum(s for _, s in runs) / repeats,
             }
         )  # fmt: skip
     columns = {
-        "method": "", "calls_ratio": ".2f", "decoder_calls": "d", "correlation": ".3f", "correlation_sd": ".3f",
+        "method": "", "calls_ratio": ".2f", "decoder_calls": "d", "decoder_residual": ".3f",
+        "correlation": ".3f", "correlation_sd": ".3f",
         "worst": ".3f", "ratio": ".3f", "ratio_sd": ".3f", "seconds": ".0f",
     }  # fmt: skip
     print(table(rows, columns))

@@ -68,6 +68,16 @@ def test_posterior_check(tmp_path, loss):
     assert (tmp_path / "posterior_check.png").stat().st_size > 10_000
 
 
+def test_no_two_checks_share_a_folder():
+    """Another model, loss, weighting or density does not replace the results of the first."""
+    name = posterior_check.folder_name
+    assert name("fashion-ddpm") == "posterior_check"
+    assert name("earth-sd3", density="logit-normal") == name("earth-sd3") == "posterior_check_earth_sd3"
+    assert name("fashion-ddpm", "l1") == "posterior_check_l1"
+    assert name("fashion-ddpm", density="logit-normal") == "posterior_check_logit_normal"
+    assert name("fashion-ddpm", loss_weights="noise") == "posterior_check_noise"
+
+
 def test_posterior_check_at_the_timesteps_of_a_distilled_model(tmp_path):
     posterior_check.main(
         refits_number=8, images=16, test_images=2, training_draws=2, pool=3, density="249,999", out=tmp_path
