@@ -270,7 +270,9 @@ class LaplacePosterior:
     def check(self, model: Any, head: str | None = None) -> Head:
         """Find the head of a network or pipeline and make sure that the posterior is of its weights.
 
-        The network may have been cast to a lower precision since.
+        Args:
+            model: The network or pipeline; it may have been cast to a lower precision since.
+            head: Where the head is in it; by default where it was.
 
         Raises:
             HeadMismatchError: They are other weights, in the head or, where that is known, anywhere in the network; or a layer
@@ -364,7 +366,7 @@ class LaplacePosterior:
         return check_finite("draws of the weights", drawn, "the covariance is too large even for float64")
 
     def sample(self, n: int, generator: Generator | None = None) -> Tensor:
-        """n draws of the head's weights, bias as the last column: ``(n, C, D)`` float64, on the CPU."""
+        """n draws of the head's weights, bias as the last column: ``(n, C, D)`` float64, on the CPU (see :meth:`deviations`)."""
         return self.mean + self.deviations(n, generator)
 
     def log_marginal_likelihood(self) -> float:

@@ -41,6 +41,8 @@ class Settings:
 class Tangents(Settings):
     r"""K weight draws as tangents along one trajectory (:mod:`bayesdiff.propagation.tangents`): the default.
 
+    ``generator``, ``batch_invariant``, ``trajectory`` and ``factors`` as of :class:`Settings`; out of range: ``ArgumentError``.
+
     Args:
         draws: K; the relative noise of a variance is at most :math:`\sqrt{2/K}`, less because the draws are orthogonal.
             More draws cost memory and linear algebra, no network calls.
@@ -79,6 +81,8 @@ class Tangents(Settings):
 class Ensemble(Settings):
     """M whole runs with other weights (:mod:`bayesdiff.propagation.ensemble`; DIFF-UQ's estimator): the reference.
 
+    ``generator``, ``batch_invariant``, ``trajectory`` and ``factors`` as of :class:`Settings`; out of range: ``ArgumentError``.
+
     Args:
         members: M.
         redraw: New weights for every sample that the network is given, as if the errors of the steps were independent;
@@ -96,6 +100,8 @@ class Ensemble(Settings):
 @dataclass(frozen=True)
 class BayesDiff(Settings):
     """The published recursion for variances (:mod:`bayesdiff.propagation.recursion`), for comparison.
+
+    ``generator``, ``batch_invariant``, ``trajectory`` and ``factors`` as of :class:`Settings`; out of range: ``ArgumentError``.
 
     Args:
         samples: S, network calls in a quantified step.
