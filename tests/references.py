@@ -88,7 +88,8 @@ def dense_posterior(
             g = weight * j.T @ r[b, p]
             gradients[int(images[b])] = gradients.get(int(images[b]), torch.zeros(size, dtype=torch.float64)) + g
     precision *= scale
-    meat = scale * sum(torch.outer(g, g) for g in gradients.values())
+    scores = about_their_mean(list(gradients.values())) if covariance == "sandwich" else gradients.values()
+    meat = scale * sum(torch.outer(g, g) for g in scores)
     d = jac.shape[4]
     if structure == "diag":
         precision, meat = precision.diagonal().diag(), meat.diagonal().diag()
@@ -99,6 +100,12 @@ def dense_posterior(
         return torch.linalg.inv(meat + prior)
     inverse = torch.linalg.inv(precision + prior)
     return inverse if covariance == "ggn" else inverse @ meat @ inverse
+
+
+def about_their_mean(scores: list[Tensor]) -> list[Tensor]:
+    """Each less their mean, so that n⁻¹ Σ of squares is their unbiased covariance; one alone stays."""
+    n = len(scores)
+    return scores if n == 1 else [(g - sum(scores) / n) * math.sqrt(n / (n - 1)) for g in scores]
 
 
 def nearest_kronecker(matrix: Tensor, c: int, d: int) -> Tensor:
@@ -286,14 +293,17 @@ def between_and_within(scores: list[Tensor], images: list[int]) -> tuple[Tensor,
     size = len(scores[0])
     total, within, degrees, inverse = torch.zeros(size, size).double(), torch.zeros(size, size).double(), 0, 0.0
     numbers = sorted(set(images))
+    means = []
     for i in numbers:
         own = [g for g, k in zip(scores, images, strict=True) if k == i]
         mean = sum(own) / len(own)
-        total += torch.outer(mean, mean) / len(numbers)
+        means.append(mean)
         inverse += 1 / len(own) / len(numbers)
         degrees += len(own) - 1
         for g in own:
             within += torch.outer(g - mean, g - mean)
+    for mean in about_their_mean(means):
+        total += torch.outer(mean, mean) / len(numbers)
     within /= degrees
     return total, within, total - inverse * within
 

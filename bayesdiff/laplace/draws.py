@@ -18,7 +18,7 @@ from bayesdiff.io import fitting
 from bayesdiff.laplace.sketch import MARKS, Sketch, known_again, marks_of
 from bayesdiff.laplace.training import Scores
 
-_SKETCH = ("means", "deviations", "counts", "marks")
+_SKETCH = ("means", "deviations", "counts", "marks", "shared", "sum")
 REFIT = "fit with sketch=None for that"
 
 
@@ -177,11 +177,7 @@ class Draws:
 
     def summed(self, weights: Tensor) -> Tensor:
         """The sum of each image's: :meth:`bayesdiff.Statistics.image_scores`."""
-        if self.sketch is not None:
-            # The same sums of squares; an image with fewer draws counts as one with the mean number.
-            return self.by_image(weights).means * (self.num_draws / self.num_images)
-        scores, rows = self.by_draw(weights)
-        return scores.new_zeros(self.num_images, *scores.shape[1:]).index_add_(0, rows, scores)
+        return self.by_image(weights).summed().means
 
     # ------------------------------------------------------------------------------------------ files
 
@@ -205,12 +201,14 @@ class Draws:
             ShapeError, NonFiniteError, ArgumentError, KeyError: They are not from there.
         """
         if rows is not None:
-            means, deviations = (
-                fitting(n, sums[f"sketch.{n}"], (rows, *self.shape)).to(self.device) for n in _SKETCH[:2]
-            )
-            counts = sums["sketch.counts"]
-            marks = fitting("marks", sums["sketch.marks"], (len(counts), MARKS))
-            self.sketch = Sketch(means, deviations, fitting("counts", counts, (len(counts),)), marks)
+            counts, many = sums["sketch.counts"], (rows, *self.shape)
+            shapes = {
+                "means": many, "deviations": many, "counts": (len(counts),), "marks": (len(counts), MARKS), "shared": (rows,),
+                "sum": self.shape,
+            }  # fmt: skip
+            given = {name: fitting(name, sums[f"sketch.{name}"], shape) for name, shape in shapes.items()}
+            here = {name: t if name in ("counts", "marks") else t.to(self.device) for name, t in given.items()}
+            self.sketch = Sketch(**here)
             if not bool((counts >= 1).all()):
                 raise ArgumentError(f"expected counts of at least one draw, got {float(counts.min()):.3g}")
         for part in parts:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from bayesdiff.laplace.statistics import Statistics
 
 FORMAT = 3
-STATISTICS_FORMAT = 4
+STATISTICS_FORMAT = 5
 #: What a file that was not written by us may raise.
 UNREADABLE = (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError, OverflowError)
 #: Plain values that are saved as they are.

@@ -49,18 +49,22 @@ class Sketch:
         deviations: The same of the deviations.
         counts: m_i, the draws of each image, ``(n,)`` float64 on the CPU.
         marks: What each image is known by (:func:`marks_of`), ``(n, 8)`` float64 on the CPU.
+        shared: Σ_i ξ_ir, ``(R,)`` float64: what a score that all images share has in each row.
+        sum: Σ_i ḡ_i, ``(C, D)`` float64.
     """
 
-    def __init__(self, means: Tensor, deviations: Tensor, counts: Tensor, marks: Tensor) -> None:
+    def __init__(
+        self, means: Tensor, deviations: Tensor, counts: Tensor, marks: Tensor, shared: Tensor, sum: Tensor
+    ) -> None:
         self.means, self.deviations, self.counts, self.marks = means, deviations, counts, marks
+        self.shared, self.sum = shared, sum
 
     @classmethod
     def empty(cls, rows: int, like: Tensor) -> Sketch:
         """Of no images; ``like`` is (…, C, D)."""
         zeros = like.new_zeros(rows, *like.shape[-2:])
-        return cls(
-            zeros, zeros.clone(), torch.zeros(0, dtype=torch.float64), torch.zeros(0, MARKS, dtype=torch.float64)
-        )
+        none, marks = torch.zeros(0, dtype=torch.float64), torch.zeros(0, MARKS, dtype=torch.float64)
+        return cls(zeros, zeros.clone(), none, marks, zeros.new_zeros(rows), zeros.new_zeros(zeros.shape[1:]))
 
     @property
     def rows(self) -> int:
@@ -86,12 +90,14 @@ class Sketch:
         place = torch.empty_like(shared)
         place[shared.argsort(stable=True)] = torch.arange(len(shared), device=shared.device)
         of_images, of_draws = of_images.to(hashed.means), of_draws[place.cpu()].to(hashed.means)
-        means, deviations = self.means.flatten(1), self.deviations.flatten(1)  # views
+        means, deviations, total = self.means.flatten(1), self.deviations.flatten(1), self.sum.view(-1)  # views
+        self.shared += of_images.sum(0)
         width = max(1, WORKED // len(rows))
         for first in range(0, size, width):
             columns = slice(first, first + width)
             exact = Scores.of(torch.cat([part[:, columns] for part in flat]), rows)
             means[:, columns].addmm_(of_images.T, exact.means)
+            total[columns] += exact.means.sum(0)
             if len(exact.deviations):
                 deviations[:, columns].addmm_(of_draws.T, exact.deviations)
         self.counts = torch.cat([self.counts, hashed.counts.cpu()])
@@ -101,13 +107,16 @@ class Sketch:
         """Add that of other images; R must be the same."""
         self.means += other.means.to(self.means)
         self.deviations += other.deviations.to(self.deviations)
+        self.shared += other.shared.to(self.shared)
+        self.sum += other.sum.to(self.sum)
         self.counts = torch.cat([self.counts, other.counts])
         self.marks = torch.cat([self.marks, other.marks])
 
     def scores(self, weight: float) -> Scores:
         """As if they were the scores, each times a weight."""
         scale = weight / self.rows**0.5
-        return Scores(scale * self.means, scale * self.deviations, self.counts, sketched=True)
+        mixed = self.shared / self.rows**0.5, weight / max(1, len(self.counts)) * self.sum
+        return Scores(scale * self.means, scale * self.deviations, self.counts, mixed)
 
 
 def _signs(means: Tensor, draws: Tensor, rows: int) -> tuple[Tensor, Tensor]:

@@ -6,23 +6,24 @@ expected score and B that of a draw around it,
     E ḡ_i ḡ_iᵀ = A + B/m_i,      B̂ = Σ_ij (g_ij − ḡ_i)(g_ij − ḡ_i)ᵀ / Σ_i (m_i − 1)
 
 (the analysis of variance of one-way random effects; Searle, Casella & McCulloch 1992). A network trained on N images with M
-draws each summed N·M scores, whose covariance is N M² (A + B/M), and with T = Σ_i ḡ_i ḡ_iᵀ/n
+draws each summed N·M scores, whose covariance is N M² (A + B/M), and with T = Σ_i (ḡ_i − ḡ)(ḡ_i − ḡ)ᵀ/(n − 1), ḡ their mean,
 
     A + B/M  ≈  T − (1/m − 1/M) B̂,      Â = T − B̂/m,      1/m the mean of the 1/m_i
 
-without bias. For M ≤ m this is a sum of squares, and for M = m the plain sandwich. For M > m it is Â + B̂/M, and Â, a
-difference, is indefinite: then it is projected onto the positive semidefinite matrices, in the span of the scores and in the
-metric of the features, so that no units matter (Amemiya 1985); and scaled to the mean predictive variance that it had. What a
-projection cuts is one side of a noise around 0, and without the scale every variance is too large: on the shipped model, 400
-images, m = 4 and M = 8.5, by 40 %. (To project the sum and not Â is as good in size and has more noise.) Where that mean is
-below 0, A is 0.
+without bias. About their mean and not about 0: at the minimum of the loss ḡ vanishes, and what a network that is not quite
+there has left to go is the same in every refit. For M ≤ m this is a sum of squares, and for M = m the plain sandwich. For M > m
+it is Â + B̂/M, and Â, a difference, is indefinite: then it is projected onto the positive semidefinite matrices, in the span of
+the scores and in the metric of the features, so that no units matter (Amemiya 1985); and scaled to the mean predictive variance
+that it had. What a projection cuts is one side of a noise around 0, and without the scale every variance is too large: on the
+shipped model, 400 images, m = 4 and M = 8.5, by 40 %. (To project the sum and not Â is as good in size and has more noise.)
+Where that mean is below 0, A is 0.
 """
 
 from __future__ import annotations
 
 import math
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -43,14 +44,15 @@ class Scores:
         means: :math:`\bar g_i`, ``(n, C, D)``.
         deviations: :math:`g_{ij} - \bar g_i` of images with at least two draws, ``(Q, C, D)``.
         counts: :math:`m_i`, ``(n,)`` float64.
-        sketched: Whether rows are random mixtures of all images (:mod:`bayesdiff.laplace.sketch`), R of them, with the same sums
-            of squares on average.
+        mixed: Where rows are random mixtures of all images (:mod:`bayesdiff.laplace.sketch`), R of them, with the same sums of
+            squares on average: what one score that all images share has in each of them, ``(R,)``, and the mean of the images'
+            scores, ``(C, D)``.
     """
 
     means: Tensor
     deviations: Tensor
     counts: Tensor
-    sketched: bool = False
+    mixed: tuple[Tensor, Tensor] | None = None
 
     @classmethod
     def of(cls, scores: Tensor, rows: Tensor) -> Scores:
@@ -60,6 +62,21 @@ class Scores:
         means /= counts.view(-1, *(1,) * (scores.ndim - 1))
         several = counts[rows] > 1
         return cls(means, scores[several] - means[rows[several]], counts)
+
+    def centred(self) -> Scores:
+        """About their mean, times √(n/(n − 1)); those of one image, which tells no spread, stay about 0."""
+        n = len(self.counts)
+        if n == 1:
+            return self
+        shared, mean = (self.means.new_ones(n), self.means.mean(0)) if self.mixed is None else self.mixed
+        means = torch.sub(self.means, shared[:, None, None] * mean).mul_(math.sqrt(n / (n - 1)))
+        return replace(self, means=means, mixed=self.mixed and (torch.zeros_like(shared), mean))
+
+    def summed(self) -> Scores:
+        """With Σ_j g_ij for means; in mixtures an image counts as one with the mean number of draws."""
+        counts = (self.counts if self.mixed is None else self.counts.mean()).to(self.means)[..., None, None]
+        mixed = self.mixed and (self.mixed[0], self.mixed[1] * self.counts.mean().to(self.means))
+        return replace(self, means=self.means * counts, mixed=mixed)
 
     @property
     def degrees(self) -> float:
@@ -113,7 +130,7 @@ def score_factor(scores: Scores, training_draws: float, precision: Tensor) -> tu
     lack = scores.inverse_draws - 1 / training_draws
     if abs(lack) <= ROUNDING:
         return scores.total, 0.0
-    join = _joined if scores.sketched else torch.cat
+    join = torch.cat if scores.mixed is None else _joined
     if lack < 0:
         return join([scores.total, math.sqrt(-lack) * scores.within]), 0.0
     between, share = between_factor(scores, precision)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import random
 from collections.abc import Callable, Iterator
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -105,14 +106,14 @@ def same_state(one: Any, other: Any) -> bool:
 def reachable(function: Any) -> Iterator[Any]:
     """What a function brings along: its closure, its defaults, what a partial holds, what its object has for attributes.
 
-    And the same of the functions among these: a decorator holds what it decorates.
+    And the same of what among these can be called: a decorator holds what it decorates, a pipeline its modules.
     """
     waiting, seen = [function], {id(function)}
     while waiting:
         for value in _held(waiting.pop()):
             yield value
             for leaf in tree_leaves(value):
-                if (hasattr(leaf, "__code__") or isinstance(leaf, functools.partial)) and id(leaf) not in seen:
+                if callable(leaf) and not isinstance(leaf, type | torch.nn.Module) and id(leaf) not in seen:
                     seen.add(id(leaf))
                     waiting.append(leaf)
 
@@ -126,7 +127,7 @@ def _held(function: Any) -> Iterator[Any]:
     yield from (getattr(function, "__defaults__", None), getattr(function, "__kwdefaults__", None))
     owner = getattr(function, "__self__", None)
     owner = function if owner is None and not hasattr(function, "__code__") else owner
-    if owner is not None:
+    if owner is not None and not isinstance(owner, type | ModuleType):  # a built-in function's is where it was made
         yield owner
         yield from getattr(owner, "__dict__", {}).values()
 
@@ -141,8 +142,8 @@ def _full(cell: Any) -> bool:
 
 def _generators(value: Any) -> Iterator[Any]:
     function, args, kwargs = value
-    for leaf in tree_flatten((args, kwargs, list(reachable(function))))[0]:
-        if isinstance(leaf, Generators):
-            yield leaf
-        elif callable(leaf) and not isinstance(leaf, type | torch.nn.Module):
-            yield from (v for v in tree_flatten(list(reachable(leaf)))[0] if isinstance(v, Generators))
+    leaves = tree_flatten((args, kwargs, list(reachable(function))))[0]
+    brought = [leaf for leaf in leaves if callable(leaf) and not isinstance(leaf, type | torch.nn.Module)]
+    yield from (
+        v for v in (*leaves, *tree_flatten([list(reachable(b)) for b in brought])[0]) if isinstance(v, Generators)
+    )

@@ -89,7 +89,8 @@ def dense(case, loss, weights, fitted, size):
             scores[int(images[b])] = scores.get(int(images[b]), 0) + g
     scale = size / len(scores)
     inverse = torch.linalg.inv(scale * h + 0.7 * torch.eye(c * d).double())
-    return inverse @ (scale * sum(torch.outer(g, g) for g in scores.values())) @ inverse
+    centred = references.about_their_mean(list(scores.values()))
+    return inverse @ (scale * sum(torch.outer(g, g) for g in centred)) @ inverse
 
 
 @pytest.mark.parametrize("loss", RHO, ids=str)

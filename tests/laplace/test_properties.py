@@ -148,7 +148,9 @@ def dense(problem, cut, tau, structure):
             a += cut["size"] * weight[k] * torch.outer(f, f)
             gradients[i] = gradients.get(i, 0) + weight[k] * torch.outer(e, f).flatten()
     precision = torch.kron(torch.eye(c).double(), a)
-    meat = cut["size"] * sum(torch.outer(g, g) for g in gradients.values())
+    scores = list(gradients.values())
+    scores = references.about_their_mean(scores) if cut["covariance"] == "sandwich" else scores
+    meat = cut["size"] * sum(torch.outer(g, g) for g in scores)
     if structure == "diag":
         precision, meat = precision.diagonal().diag(), meat.diagonal().diag()
     if structure == "kron":

@@ -64,6 +64,21 @@ def test_variances_are_within_the_stated_error(problem, training_draws, structur
         assert abs(one["share_between"] - other["share_between"]) < STATED
 
 
+def test_what_all_images_share_is_left_out_of_a_sketch_too(problem):
+    """A network far from its minimum: a mean gradient thirty times the spread would drown it."""
+    layer, inputs, residuals = problem
+    far = layer, inputs, residuals + 30
+    x = torch.randn(200, 20, generator=torch.Generator().manual_seed(1))
+    exact, sketched = (
+        cut(far, fitted(far, s), training_draws=1, loss_weights=torch.ones(BINS)).variance(x) for s in (None, R)
+    )
+    assert float((sketched / exact - 1).square().mean().sqrt()) < 1.5 * STATED
+    merged = fitted(far, R, last=200)
+    merged.merge(fitted(far, R, first=200))
+    together = cut(far, merged, training_draws=1, loss_weights=torch.ones(BINS)).variance(x)
+    torch.testing.assert_close(together, sketched, rtol=1e-6, atol=0)
+
+
 def test_the_error_falls_with_the_rows(problem):
     x = torch.randn(200, 20, generator=torch.Generator().manual_seed(1))
     exact = cut(problem, fitted(problem, None)).variance(x)

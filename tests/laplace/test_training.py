@@ -321,3 +321,15 @@ def test_what_cannot_be_merged():
         own.merge(own)
     with pytest.raises(ArgumentError, match="got str"):
         own.merge("statistics")
+
+
+def test_a_step_that_all_images_ask_for_is_no_spread():
+    """Of scores with any common part the covariance is the same; of one image there is none, and its score stays."""
+    scores, _, _ = known(50, 4)
+    moved = Scores(scores.means + 7, scores.deviations, scores.counts)
+    torch.testing.assert_close(moved.centred().means, scores.centred().means)
+    torch.testing.assert_close(moved.summed().centred().means, 4 * scores.centred().means)
+    total = scores.centred().total.flatten(1)
+    torch.testing.assert_close(total.T @ total, scores.means[:, 0].T.cov())
+    alone = Scores(scores.means[:1], scores.deviations[:4], scores.counts[:1])
+    assert torch.equal(alone.centred().means, alone.means)

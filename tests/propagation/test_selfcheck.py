@@ -144,6 +144,22 @@ def test_a_decoder_behind_the_last_call_is_checked_at_its_input(network, posteri
     assert find_head(network).path == "conv_out"
 
 
+def test_the_modules_of_a_pipeline_in_a_function_of_ones_own_are_decoders_too():
+    """Its VAE is called a few times, and not followed operation by operation for every draw."""
+    case = next(c for c in CASES if c.name == "sd-ddim-unguided")
+    pipe = case.make()
+    pipe.set_progress_bar_config(disable=True)
+    settings = bd.Tangents(draws=6, decoder_calls=6, schedule=pipe.scheduler)
+
+    def kwargs():
+        return case.call(pipe, torch.Generator().manual_seed(0)) | {"output_type": "pt"}
+
+    out = bd.propagate(lambda: pipe(**kwargs()).images, pipe.unet, posterior_of(pipe), propagation=settings)
+    whole = bd.UncertaintyPipeline(pipe, posterior_of(pipe), propagation=settings)(**kwargs())
+    assert out.other_calls == whole.other_calls == 6 + 1
+    torch.testing.assert_close(out.std, whole.std, rtol=0.02, atol=0.02 * float(whole.std.mean()))
+
+
 @pytest.mark.parametrize("form", ["cat", "written"])
 def test_what_passed_a_decoder_beside_what_did_not(network, posterior, form):
     """Then the decoder is measured for every draw."""
