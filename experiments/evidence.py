@@ -168,9 +168,9 @@ def filtered(model: str) -> str:
     return markdown(["score", *measures], lines)
 
 
-def total(_: str) -> str:
+def total(model: str) -> str:
     """The law of total variance."""
-    found = read("uncertainty_maps")
+    found = read(f"uncertainty_maps/{model}")
     if found is None:
         return NOT_RUN
     rows = found["results"]["total_variance"]

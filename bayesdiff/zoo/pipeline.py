@@ -10,7 +10,7 @@ classifier-free guidance. This one is plain: every model call is ``unet(...)``, 
 import difflib
 import inspect
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -109,6 +109,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
         latents: Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
+        callback_on_step_end: Callable[[Any, int, Tensor, dict[str, Tensor]], dict[str, Tensor]] | None = None,
     ) -> Any:
         """Draw one sample for each of ``classes``.
 
@@ -122,6 +123,8 @@ class ClassConditionalPipeline(DiffusionPipeline):
             output_type: "pil" (mode L for one channel), "np" ``(B, H, W, C)``, "pt" ``(B, C, H, W)``, all
                 of pixels in [0, 1], or "latent": the sampler's last sample as it is.
             return_dict: False returns ``(images,)``.
+            callback_on_step_end: As of other diffusers pipelines: given the pipe, the step's number, t and ``{"latents": …}``, it
+                returns the latents to go on with in the same form.
 
         Returns:
             ``ImagePipelineOutput`` with ``.images``.
@@ -154,7 +157,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
         self.scheduler.set_timesteps(num_inference_steps, device=device)
         extra = self._extra_step_kwargs(generator, eta)
         sample = latents.to(device, dtype) * self.scheduler.init_noise_sigma
-        for t in self.progress_bar(self.scheduler.timesteps):
+        for i, t in enumerate(self.progress_bar(self.scheduler.timesteps)):
             x = torch.cat([sample, sample]) if guided else sample
             x = self.scheduler.scale_model_input(x, t)
             f = self.unet(x, t, class_labels=labels, return_dict=False)[0]
@@ -162,6 +165,8 @@ class ClassConditionalPipeline(DiffusionPipeline):
                 f_u, f_c = f.chunk(2)
                 f = f_u + guidance_scale * (f_c - f_u)
             sample = self.scheduler.step(f, t, sample, **extra, return_dict=False)[0]
+            if callback_on_step_end is not None:
+                sample = callback_on_step_end(self, i, t, {"latents": sample}).get("latents", sample)
 
         images = self._images(sample, output_type)
         self.maybe_free_model_hooks()

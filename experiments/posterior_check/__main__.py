@@ -38,7 +38,7 @@ from bayesdiff.laplace.loss import Loss, Squares, as_loss
 from bayesdiff.laplace.training import choose_draws
 from experiments.common import agreement, command, record, results_folder, table
 from experiments.posterior_check.refits import least_squares, m_estimates, resample
-from experiments.posterior_check.subject import Only, Subject
+from experiments.posterior_check.subject import Only, Subject, put
 
 TIMESTEPS = (20, 100, 250, 500, 750, 950)
 SHOWN = "M is told"
@@ -83,16 +83,6 @@ def settled(subject: Subject, training: Training, seed: int, iterations: int) ->
         away, moved = m_estimates(geometry, stream, counts, weight, RIDGE, training.loss, iterations)
     put(subject.head, weight + away[0])
     return moved
-
-
-def put(head: Any, weight: Tensor) -> None:
-    """Write C × D weights, bias last, into the head's layer."""
-    layer = head.layer
-    number = head.geometry.num_weights
-    with torch.no_grad():
-        layer.weight.copy_(weight[:, :number].view(layer.weight.shape))
-        if head.geometry.bias:
-            layer.bias.copy_(weight[:, number])
 
 
 def plot(

@@ -39,6 +39,16 @@ class Only:
         return (torch.tensor(self.timesteps, dtype=torch.float64)[which] + 0.5) / self.total  # rounded down again
 
 
+def put(head: Head, weight: Tensor) -> None:
+    """Write C × D weights, bias last, into the head's layer."""
+    layer = head.layer
+    number = head.geometry.num_weights
+    with torch.no_grad():
+        layer.weight.copy_(weight[:, :number].view(layer.weight.shape))
+        if head.geometry.bias:
+            layer.bias.copy_(weight[:, number])
+
+
 class Subject:
     """A pipeline's network, called by its pipeline, with clean samples of its own.
 

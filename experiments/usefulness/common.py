@@ -17,7 +17,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import bayesdiff
+from bayesdiff.head.find import denoiser
 from experiments.common import seeded
+from experiments.posterior_check.subject import Only
 
 SHOWN = ("sandwich", "GGN", "diagonal EF")
 
@@ -46,7 +48,7 @@ class Size:
     Args:
         images: Images in a set.
         seeds: Repeats with other seeds.
-        steps: Of the sampler.
+        steps: Of the sampler, but for a model of few.
         fit: Images that a posterior is fitted to.
         draws: K of tangents.
     """
@@ -58,32 +60,85 @@ class Size:
     draws: int = 64
 
 
-@functools.cache
-def fashion(fit: int) -> tuple[Any, Any, bayesdiff.LaplacePosterior]:
-    """``fashion-ddpm``, its data and a posterior."""
-    pipe, data = bayesdiff.zoo.load("fashion-ddpm")
-    some = data.subset(slice(None, None, max(1, data.num_images // fit)))
-    posterior = bayesdiff.fit(
-        pipe,
-        some,
-        dataset_size=data.dataset_size,
-        training_draws=data.training_draws,
-        generator=seeded(0),
-        progress=False,
-    )
-    return pipe, data, posterior
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """A model of the zoo and its posterior, called in one way whatever it is told: a class or a prompt.
+
+    Args:
+        name: In the zoo.
+        pipe: Its pipeline.
+        data: Its images.
+        posterior: Of its head.
+        given: Keywords of every call.
+        few: The timesteps that it was trained at, if those are a few.
+    """
+
+    name: str
+    pipe: Any
+    data: Any
+    posterior: bayesdiff.LaplacePosterior
+    given: dict[str, Any]
+    few: tuple[int, ...]
+
+    @property
+    def network(self) -> torch.nn.Module:
+        """The denoiser."""
+        return denoiser(self.pipe)
+
+    @property
+    def timesteps(self) -> tuple[int, ...]:
+        """Those of a training step that are looked at."""
+        return self.few[:3] or (100, 300, 600)
+
+    def steps(self, usual: int) -> int:
+        """Of its sampler, where others take ``usual``."""
+        return len(self.few) or usual
+
+    def told(self, data: Any, rows: Tensor | slice) -> list[Any]:
+        """Prompts or classes of some rows."""
+        some = data.subset(rows)
+        return some.prompts if "prompts" in some else some.labels.tolist()
+
+    def noise(self, count: int, seed: int) -> Tensor:
+        """To start from."""
+        size = self.network.config
+        return torch.randn(count, size.in_channels, size.sample_size, size.sample_size, generator=seeded(seed))
+
+    def sample(self, told: list[Any], noise: Tensor, steps: int, guidance: float = 1.0, **keywords: Any) -> Tensor:
+        """Images in 0–1, before they are clamped."""
+        z = self.pipe(
+            told, latents=noise, num_inference_steps=steps, guidance_scale=guidance, output_type="latent", **self.given,
+            **keywords,
+        ).images  # fmt: skip
+        if hasattr(self.pipe, "vae"):
+            config = self.pipe.vae.config
+            z = self.pipe.vae.decode(z / config.scaling_factor + (config.shift_factor or 0), return_dict=False)[0]
+        return (z + 1) / 2
+
+    def clean(self, images: Tensor) -> Tensor:
+        """Images in [−1, 1] as the network's samples."""
+        if not hasattr(self.pipe, "vae"):
+            return images
+        config = self.pipe.vae.config
+        with torch.no_grad():
+            z = torch.cat([self.pipe.vae.encode(some).latent_dist.mode() for some in images.split(32)])
+        return (z - (config.shift_factor or 0)) * config.scaling_factor
 
 
 @functools.cache
-def earth(fit: int) -> tuple[Any, Any, bayesdiff.LaplacePosterior]:
-    """``earth-sd``, its data and a posterior."""
-    pipe, data = bayesdiff.zoo.load("earth-sd")
+def subject(name: str, fit: int) -> Subject:
+    """A model with its posterior, fitted as it was trained."""
+    pipe, data = bayesdiff.zoo.load(name)
+    pipe.set_progress_bar_config(disable=True)
     some = data.subset(slice(None, None, max(1, data.num_images // fit)))
+    flow, few = hasattr(pipe, "transformer"), (249, 499, 749, 999) if name == "fashion-4step" else ()
+    given = {"max_sequence_length": 24} if flow else {}
+    density: Any = "logit-normal" if flow else "uniform"
     posterior = bayesdiff.fit(
-        pipe, some, dataset_size=data.dataset_size, training_draws=data.training_draws, encode="mean", generator=seeded(0),
-        progress=False,
+        pipe, some, dataset_size=data.dataset_size, training_draws=data.training_draws, encode="mean", pipe_kwargs=given,
+        timestep_density=Only(few, 1000) if few else density, generator=seeded(0), progress=False,
     )  # fmt: skip
-    return pipe, data, posterior
+    return Subject(name, pipe, data, posterior, given, few)
 
 
 def posteriors(posterior: bayesdiff.LaplacePosterior) -> dict[str, bayesdiff.LaplacePosterior]:

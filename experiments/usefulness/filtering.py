@@ -11,18 +11,17 @@ run.
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics.functional.classification import binary_auroc
 
 import bayesdiff
 from experiments.common import seeded
 from experiments.train_fashion_ddpm.train import fashion_mnist
-from experiments.usefulness.common import Folders, Size, earth, edges, fashion, posteriors, standard_error
-from experiments.usefulness.spaces import Classifier, EarthFeatures, Frechet, classifier, precision_recall
+from experiments.usefulness.common import Folders, Size, Subject, edges, posteriors, standard_error
+from experiments.usefulness.spaces import EarthFeatures, Frechet, classifier, precision_recall
 
 KEEP = 1 / 1.2
 RANDOM_DROPS = 200
@@ -32,21 +31,18 @@ METHODS = ("tangents", "ggn", "ensemble", "bayesdiff")
 Made = tuple[Tensor, Tensor | None, dict[str, Tensor]]
 
 
-def run(folders: Folders, size: Size, methods: tuple[str, ...] = METHODS) -> list[dict[str, Any]]:
-    """Of ``fashion-ddpm``: a row for each score and measure."""
-    model = classifier(folders)
-    test, _ = fashion_mnist(folders.fashion, "t10k")
-    real = model.features(test[:, None].float() / 127.5 - 1)
-    return judged("fashion-ddpm", real, [garments(model, size, seed, methods) for seed in range(size.seeds)])
-
-
-def run_earth(folders: Folders, size: Size) -> list[dict[str, Any]]:
-    """Of ``earth-sd``: a row for each score and measure."""
-    _, data, _ = earth(size.fit)
-    heldout = (data.heldout.images + 1) / 2
-    model = EarthFeatures(heldout)
-    real = torch.cat([model(some) for some in heldout.split(64)])
-    return judged("earth-sd", real, [patches(model, size, seed) for seed in range(size.seeds)])
+def run(subject: Subject, folders: Folders, size: Size, methods: tuple[str, ...] = METHODS) -> list[dict[str, Any]]:
+    """A row for each score and measure."""
+    model: nn.Module
+    if "prompts" in subject.data:
+        heldout = (subject.data.heldout.images + 1) / 2
+        model = EarthFeatures(heldout)
+        real = torch.cat([model(some) for some in heldout.split(64)])
+    else:
+        model = classifier(folders)
+        test, _ = fashion_mnist(folders.fashion, "t10k")
+        real = torch.cat([model(some) for some in (test[:, None].float() / 255).split(1000)])
+    return judged(subject.name, real, [samples(subject, model, size, seed, methods) for seed in range(size.seeds)])
 
 
 def judged(name: str, real: Tensor, made: list[Made]) -> list[dict[str, Any]]:
@@ -109,65 +105,43 @@ def together(parts: list[tuple[Tensor, dict[str, Tensor]]]) -> tuple[Tensor, dic
     return torch.cat([f for f, _ in parts]), scores
 
 
-def garments(model: Classifier, size: Size, seed: int, methods: tuple[str, ...]) -> Made:
-    """Images of the ten classes in turn, by DDIM."""
-    pipe, _, posterior = fashion(size.fit)
-    classes = [i % 10 for i in range(size.images)]
+def samples(subject: Subject, model: nn.Module, size: Size, seed: int, methods: tuple[str, ...]) -> Made:
+    """Images of the ten classes in turn, or of held-out captions at guidance 3."""
+    text, steps = "prompts" in subject.data, subject.steps(size.steps)
+    heldout = subject.data.heldout
+    order = torch.randperm(heldout.num_images, generator=seeded(seed))[: size.images]
+    told = subject.told(heldout, order) if text else [i % 10 for i in range(size.images)]
+    network, posterior, shown = subject.network, subject.posterior, posteriors(subject.posterior)
+    tangents = bayesdiff.Tangents(draws=size.draws, schedule=subject.pipe.scheduler)
     parts = []
-    for first in range(0, size.images, BATCH):
-        labels = torch.tensor(classes[first : first + BATCH])
-        noise = torch.randn(len(labels), 1, 28, 28, generator=seeded(10_000 * (seed + 1) + first))
+    for first in range(0, len(told), BATCH):
+        asked = told[first : first + BATCH]
+        noise = subject.noise(len(asked), 10_000 * (seed + 1) + first)
 
-        def sampler(x: Tensor, labels: Tensor = labels) -> Tensor:
-            scheduler = copy.deepcopy(pipe.scheduler)
-            scheduler.set_timesteps(size.steps)
-            for t in scheduler.timesteps:
-                f = pipe.unet(x, t, class_labels=labels, return_dict=False)[0]
-                x = scheduler.step(f, t, x, return_dict=False)[0]
-            return torch.cat([((x + 1) / 2).flatten(1), model.features(x)], 1)
-
-        tangents = bayesdiff.Tangents(draws=size.draws, schedule=pipe.scheduler)
-        output = bayesdiff.propagate(sampler, pipe.unet, posterior, noise, propagation=tangents)
-        scores = scores_of(output, output.output[:, :784].view(-1, 1, 28, 28).clamp(0, 1))
-        if "ggn" in methods:
-            ggn = bayesdiff.propagate(sampler, pipe.unet, posteriors(posterior)["GGN"], noise, propagation=tangents)
-            scores["GGN: total variance"] = ggn.variance[:, :784].sum(1)
-        if "ensemble" in methods:
-            members = bayesdiff.propagate(
-                sampler, pipe.unet, posterior, noise, propagation=bayesdiff.Ensemble(members=4)
-            )
-            scores["ensemble of 4: total variance"] = members.variance[:, :784].sum(1)
-        if "bayesdiff" in methods:
-            run = bayesdiff.UncertaintyPipeline(
-                pipe, posteriors(posterior)["diagonal EF"], propagation=bayesdiff.BayesDiff(skip_interval=2)
-            )
-            theirs = run(labels.tolist(), latents=noise, num_inference_steps=size.steps, output_type="latent")
-            scores["BayesDiff: total variance"] = theirs.variance.flatten(1).sum(1)
-        parts.append((output.output[:, 784:], scores))
-    features, all_scores = together(parts)
-    return features, model.last(features).argmax(1) != torch.tensor(classes), all_scores
-
-
-def patches(model: EarthFeatures, size: Size, seed: int) -> Made:
-    """Images of held-out captions, guidance 3, through the pipeline and its decoder."""
-    pipe, data, posterior = earth(size.fit)
-    pipe.set_progress_bar_config(disable=True)
-    order = torch.randperm(len(data.heldout.prompts), generator=seeded(seed))[: size.images].tolist()
-    parts = []
-    for first in range(0, len(order), BATCH):
-        prompts = [data.heldout.prompts[i] for i in order[first : first + BATCH]]
-        noise = torch.randn(len(prompts), 4, 16, 16, generator=seeded(10_000 * (seed + 1) + first))
-
-        def sampler(x: Tensor, prompts: list[str] = prompts) -> Tensor:
-            images = pipe(
-                prompts, latents=x, num_inference_steps=size.steps, guidance_scale=3.0, output_type="pt"
-            ).images
+        def sampler(x: Tensor, asked: list[Any] = asked) -> Tensor:
+            images = subject.sample(asked, x, steps, 3.0 if text else 1.0)
             return torch.cat([images.flatten(1), model(images)], 1)
 
-        tangents = bayesdiff.Tangents(draws=size.draws, schedule=pipe.scheduler)
-        output = bayesdiff.propagate(sampler, pipe.unet, posterior, noise, propagation=tangents)
-        count = output.output.shape[1] - 32
-        images = output.output[:, :count].unflatten(1, (3, 64, 64))
-        parts.append((output.output[:, count:], scores_of(output, images)))
-    features, scores = together(parts)
-    return features, None, scores
+        output = bayesdiff.propagate(sampler, network, posterior, noise, propagation=tangents)
+        shape = heldout.images.shape[1:]
+        count = shape.numel()
+        scores = scores_of(output, output.output[:, :count].unflatten(1, shape).clamp(0, 1))
+        if "ggn" in methods:
+            ggn = bayesdiff.propagate(sampler, network, shown["GGN"], noise, propagation=tangents)
+            scores["GGN: total variance"] = ggn.variance[:, :count].sum(1)
+        if "ensemble" in methods:
+            members = bayesdiff.propagate(sampler, network, posterior, noise, propagation=bayesdiff.Ensemble(members=4))
+            scores["ensemble of 4: total variance"] = members.variance[:, :count].sum(1)
+        if "bayesdiff" in methods:
+            run = bayesdiff.UncertaintyPipeline(
+                subject.pipe, shown["diagonal EF"], propagation=bayesdiff.BayesDiff(skip_interval=2)
+            )
+            theirs = run(
+                asked, latents=noise, num_inference_steps=steps, guidance_scale=3.0 if text else 1.0, output_type="latent",
+                **subject.given,
+            )  # fmt: skip
+            scores["BayesDiff: total variance"] = theirs.variance.flatten(1).sum(1)
+        parts.append((output.output[:, count:], scores))
+    features, all_scores = together(parts)
+    wrong = None if text else model.last(features).argmax(1) != torch.tensor(told)
+    return features, wrong, all_scores

@@ -14,7 +14,7 @@ from torchmetrics.functional.classification import binary_auroc
 
 import bayesdiff
 from experiments.common import seeded
-from experiments.usefulness.common import Folders, Size, earth, edges, standard_error
+from experiments.usefulness.common import Folders, Size, Subject, edges, standard_error
 
 STRANGE = (
     "a portrait of a cat", "a circuit board", "a plate of spaghetti", "handwritten digits", "a red sports car at night",
@@ -27,10 +27,9 @@ MIXED = (
 )  # fmt: skip
 
 
-def run(folders: Folders, size: Size) -> list[dict[str, Any]]:
+def run(subject: Subject, folders: Folders, size: Size) -> list[dict[str, Any]]:
     """A row for each kind and score: mean over prompts with standard errors over them, and the AUROC against seen ones."""
-    pipe, data, posterior = earth(max(64, size.fit // 2))
-    seen = list(dict.fromkeys(data.prompts))
+    seen = list(dict.fromkeys(subject.data.prompts))
     count = min(len(STRANGE), max(2, size.images // 30))
     kinds = {
         "captions of the training": seen[:: max(1, len(seen) // count)][:count],
@@ -42,9 +41,9 @@ def run(folders: Folders, size: Size) -> list[dict[str, Any]]:
     for kind, prompts in kinds.items():
         parts: dict[str, list[torch.Tensor]] = {}
         for seed in range(min(3, size.seeds)):
-            output = bayesdiff.UncertaintyPipeline(pipe, posterior, propagation=propagation)(
+            output = bayesdiff.UncertaintyPipeline(subject.pipe, subject.posterior, propagation=propagation)(
                 prompts, num_inference_steps=size.steps, guidance_scale=3.0, output_type="pt",
-                generator=[seeded(100 * seed + i) for i in range(len(prompts))],
+                generator=[seeded(100 * seed + i) for i in range(len(prompts))], **subject.given,
             )  # fmt: skip
             images = torch.as_tensor(output.images).float()
             assert output.latents is not None
@@ -63,7 +62,8 @@ def run(folders: Folders, size: Size) -> list[dict[str, Any]]:
     for kind, scores in found.items():
         for key, values in scores.items():
             row: dict[str, Any] = {
-                "kind": kind, "score": key, "mean": float(values.mean()), "se": standard_error(values), "prompts": len(values),
+                "model": subject.name, "kind": kind, "score": key, "mean": float(values.mean()), "se": standard_error(values),
+                "prompts": len(values),
             }  # fmt: skip
             if kind != first:
                 both = torch.cat([found[first][key], values])

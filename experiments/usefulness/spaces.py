@@ -26,12 +26,9 @@ class Classifier(nn.Module):
         )  # fmt: skip
         self.last = nn.Linear(32, 10)
 
-    def features(self, images: Tensor) -> Tensor:
-        """``(B, 32)`` of images in [−1, 1]."""
-        return self.body(images)
-
     def forward(self, images: Tensor) -> Tensor:
-        return self.last(self.features(images))
+        """The features, ``(B, 32)``, of images in 0–1."""
+        return self.body(2 * images - 1)
 
 
 def classifier(folders: Folders, epochs: float = 2.0) -> Classifier:
@@ -51,8 +48,8 @@ def classifier(folders: Folders, epochs: float = 2.0) -> Classifier:
     with torch.enable_grad():
         for _ in tqdm(range(total), desc="classifier", mininterval=5):
             rows = torch.randint(len(images), (128,), generator=generator)
-            x = images[rows][:, None].float() / 127.5 - 1
-            loss = F.cross_entropy(model(x), labels[rows])
+            x = images[rows][:, None].float() / 255
+            loss = F.cross_entropy(model.last(model(x)), labels[rows])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

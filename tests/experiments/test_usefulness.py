@@ -79,30 +79,34 @@ def test_auroc_of_a_score():
     assert 0.01 < found["auroc_se"] < 0.03
 
 
-def test_what_is_known_stays():
-    """Inpainting keeps the upper half, super-resolution the means of 4 × 4 pixels."""
-    pipe, data, _ = common.fashion(SIZE.fit)
-    held = data.heldout.subset(slice(2))
-    for task in restoration.TASKS:
-        with torch.no_grad():
-            made = restoration.sampler(pipe, task, held.images, held.labels, 2, 0)(torch.randn(2, 1, 28, 28))
-        truth = (held.images + 1) / 2
-        if task == "inpainting":
-            torch.testing.assert_close(made[..., :14, :], truth[..., :14, :])
-            assert not torch.allclose(made[..., 14:, :], truth[..., 14:, :], atol=0.01)
-        else:
-            pool = torch.nn.functional.avg_pool2d
-            torch.testing.assert_close(pool(made, 4), pool(truth, 4), rtol=1e-4, atol=1e-5)
+@pytest.mark.parametrize(("name", "block"), [("fashion-4step", 4), ("earth-sd3", 2)])
+@pytest.mark.parametrize("task", restoration.TASKS)
+def test_what_is_known_stays(name, block, task):
+    """Inpainting keeps the upper half, super-resolution means; of pixels or of latents."""
+    subject = common.subject(name, SIZE.fit)
+    heldout = subject.data.heldout
+    truth = subject.clean(heldout.images[:2])
+    made = subject.pipe(
+        subject.told(heldout, slice(2)), latents=subject.noise(2, 0), num_inference_steps=2, guidance_scale=1.0,
+        output_type="latent", callback_on_step_end=restoration.keeper(subject, task, truth, 0), **subject.given,
+    ).images  # fmt: skip
+    half = truth.shape[-1] // 2
+    if task == "inpainting":
+        torch.testing.assert_close(made[..., :half, :], truth[..., :half, :])
+        assert not torch.allclose(made[..., half:, :], truth[..., half:, :], atol=0.01)
+    else:
+        pool = torch.nn.functional.avg_pool2d
+        torch.testing.assert_close(pool(made, block), pool(truth, block), rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(made, truth, atol=0.01)
 
 
 def test_usefulness(tmp_path, monkeypatch, folders):
-    monkeypatch.setattr(usefulness, "SIZES", dict.fromkeys(usefulness.PARTS, SIZE))
-    monkeypatch.setitem(usefulness.PARTS, "ood", ood.of_fashion)
-    monkeypatch.setitem(usefulness.PARTS, "filtering", lambda f, s: filtering.run(f, s, ("bayesdiff",)))
+    monkeypatch.setattr(usefulness, "SIZES", dict.fromkeys(usefulness.PARTS, (SIZE, None)))
+    monkeypatch.setitem(usefulness.PARTS, "filtering", lambda m, f, s: filtering.run(m, f, s, ("bayesdiff",)))
     monkeypatch.setattr(filtering, "classifier", lambda f: spaces.classifier(f, 1.0))
     monkeypatch.setattr(restoration, "SPREAD", 3)
     for only in (["ood"], ["restoration", "filtering"]):
-        usefulness.main(only=only, data=folders.fashion, work=folders.work, out=tmp_path)
+        usefulness.main(only=only, model=["fashion-4step"], data=folders.fashion, work=folders.work, out=tmp_path)
     results = json.loads((tmp_path / "results.json").read_text())["results"]
     assert set(results) == {"ood", "restoration", "filtering"}
     rows = {(r["set"], r["score"]): r for r in results["ood"]}
@@ -113,11 +117,11 @@ def test_usefulness(tmp_path, monkeypatch, folders):
     kept = {(r["score"], r["measure"]): r for r in results["filtering"]}
     assert kept["weights: semantic", "Fréchet distance"]["value"] > 0
     assert kept["BayesDiff: total variance", "precision"]["seeds"] == 2
-    assert all((tmp_path / f"{name}.png").stat().st_size > 10_000 for name in results)
+    assert all((tmp_path / f"{name}-fashion-4step.png").stat().st_size > 10_000 for name in results)
 
 
 def test_uncertainty_maps(tmp_path):
-    uncertainty_maps.main(steps=3, seeds=3, draws=3, images=2, fit=SIZE.fit, out=tmp_path)
+    uncertainty_maps.main(model="fashion-4step", steps=3, seeds=3, draws=3, images=2, fit=SIZE.fit, out=tmp_path)
     results = json.loads((tmp_path / "results.json").read_text())["results"]
     share = {r["part"]: r["share"] for r in results["total_variance"]}
     assert share["their sum"] == pytest.approx(1, abs=1e-12)
