@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from experiments.pages import NOT_RUN, markdown, read, written
 
@@ -120,44 +121,37 @@ def shares(_: str) -> str:
 def part(name: str, columns: dict[str, str], digits: int = 3) -> Callable[[str], str]:
     """A part of the usefulness; ``columns`` are keys and headings, and a key with a standard error has both in one cell."""
 
-    def table(_: str) -> str:
-        found = read("usefulness")
-        if found is None or name not in found["results"]:
-            return NOT_RUN
+    def table(model: str) -> str:
         lines = []
-        for row in found["results"][name]:
+        for row in used(name, model):
             cells = []
             for key in columns:
                 value = row.get(key)
                 cells.append(value if isinstance(value, str) else number(value, row.get(f"{key}_se"), digits))
             lines.append(cells)
-        return markdown(list(columns.values()), lines)
+        return markdown(list(columns.values()), lines) if lines else NOT_RUN
 
     return table
 
 
-def outside(_: str) -> str:
-    """AUROC: scores × other sets."""
+def used(name: str, model: str) -> list[dict[str, Any]]:
+    """The rows of a part of the usefulness."""
     found = read("usefulness")
-    if found is None or "ood" not in found["results"]:
-        return NOT_RUN
-    text = ""
-    rows = found["results"]["ood"]
-    for model in dict.fromkeys(r["model"] for r in rows):
-        own = [r for r in rows if r["model"] == model]
-        sets = list(dict.fromkeys(r["set"] for r in own))
-        cell = {(r["score"], r["set"]): number(r["auroc"], r["auroc_se"]) for r in own}
-        lines = [[score, *(cell[score, s] for s in sets)] for score in dict.fromkeys(r["score"] for r in own)]
-        text += f"`{model}`\n\n" + markdown(["score", *sets], lines) + "\n"
-    return text
+    return [] if found is None else [r for r in found["results"].get(name, []) if r["model"] == model]
+
+
+def outside(model: str) -> str:
+    """AUROC: scores × other sets."""
+    rows = used("ood", model)
+    sets = list(dict.fromkeys(r["set"] for r in rows))
+    cell = {(r["score"], r["set"]): number(r["auroc"], r["auroc_se"]) for r in rows}
+    lines = [[score, *(cell[score, s] for s in sets)] for score in dict.fromkeys(r["score"] for r in rows)]
+    return markdown(["score", *sets], lines) if rows else NOT_RUN
 
 
 def filtered(model: str) -> str:
     """Score × measure: difference from chance."""
-    found, name = read("usefulness"), "filtering-earth" if model == "earth" else "filtering"
-    if found is None or name not in found["results"]:
-        return NOT_RUN
-    rows = found["results"][name]
+    rows = used("filtering", model)
     measures = list(dict.fromkeys(r["measure"] for r in rows))
     cell = {(r["score"], r["measure"]): number(r["difference"], r["difference_se"], 3) for r in rows}
     chance = {r["measure"]: r["chance"] for r in rows}
@@ -165,7 +159,7 @@ def filtered(model: str) -> str:
     lines += [
         [score, *(cell.get((score, m), "") for m in measures)] for score in dict.fromkeys(r["score"] for r in rows)
     ]
-    return markdown(["score", *measures], lines)
+    return markdown(["score", *measures], lines) if rows else NOT_RUN
 
 
 def total(model: str) -> str:

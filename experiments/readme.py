@@ -1,4 +1,4 @@
-"""Writes the tables of README and docs/propagation.md from the results files.
+"""Writes the tables of README, docs/propagation.md and docs/design.md from the results files.
 
 python -m experiments.readme
 """
@@ -13,8 +13,13 @@ from bayesdiff.propagation.settings import Tangents
 from experiments.pages import NOT_RUN, markdown, read, written
 from experiments.posterior_check.__main__ import folder_name
 
-PAGES = (Path("README.md"), Path("docs/propagation.md"))
+PAGES = (Path("README.md"), Path("docs/propagation.md"), Path("docs/design.md"))
 MODELS = ("fashion-ddpm", "fashion-4step", "earth-sd", "earth-sd3")
+#: What is shown of a posterior check, and how it is called.
+POSTERIORS = {
+    "M is told": "sandwich, M told", "lowrank": "the same, `lowrank`", "kron": "the same, Kronecker factors",
+    "diag": "the same, diagonal", "M = m assumed": "sandwich, M = m assumed", "ggn": "GGN",
+}  # fmt: skip
 
 
 def is_default(row: dict[str, Any]) -> bool:
@@ -91,6 +96,32 @@ def refits(_: str) -> str:
     return markdown(head, lines) if lines else NOT_RUN
 
 
+def judged(name: str) -> str:
+    """Of one run of ``posterior_check``: posteriors × timesteps, with what was run."""
+    found = read("_".join(["posterior_check", *([] if name == "fashion-ddpm" else [name.replace("-", "_")])]))
+    if found is None:
+        return NOT_RUN
+    settings, results = found["settings"], found["results"]
+    rows = {(r["posterior"], r["t"]): r for r in results["agreement"]}
+    times = list(dict.fromkeys(r["t"] for r in results["agreement"]))
+    lines = [
+        [label, *(f"{rows[n, t]['ratio']:.2f}; {rows[n, t]['log_correlation']:.3f}" for t in times)]
+        for n, label in POSTERIORS.items()
+        if (n, times[0]) in rows
+    ]
+    halves = {r["t"]: f"{r['log_correlation']:.3f}" for r in results.get("halves", ())}
+    lines.append(["half of the refits against the other", *(halves.get(t, "") for t in times)])
+    bins = [next(s for s in results["shares"] if s["t_low"] <= t < s["t_high"]) for t in times]
+    lines.append(["share between images (A/N)", *(f"{b['share_between']:.2f}" for b in bins)])
+    said = (
+        f"{settings['images']} images, m = {settings['draws_of_fit']:.3g}, M = {settings['training_draws']}, "
+        f"{settings['refits']} refits, {settings['test_images']} held-out images"
+        + (", the head put at the minimum of this loss first" if settings["settled"] else "")
+    )
+    head = ["variance / that of the refits; log-correlation, t =", *map(str, times)]
+    return f"{said} (`{settings['command']}`):\n\n" + markdown(head, lines)
+
+
 def maps(_: str) -> str:
     """Of the decoded and few-step models: default tangents, and half of the reference against the other."""
     lines = []
@@ -112,7 +143,7 @@ def maps(_: str) -> str:
     return markdown(head.split(","), lines) if lines else NOT_RUN
 
 
-TABLES = {"accuracy": accuracy, "samplers": samplers, "refits": refits, "maps": maps}
+TABLES = {"accuracy": accuracy, "samplers": samplers, "refits": refits, "judged": judged, "maps": maps}
 
 
 if __name__ == "__main__":

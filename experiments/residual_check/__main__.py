@@ -7,6 +7,9 @@ network's response is predicted by the others. Here it is set against the true e
 the map with exact responses and the same weight draws, so that neither the noise of draws nor the linearisation counts. Small
 networks are trained for the experiment, for a short and a very short time, and sampled with and without clipping, guided and not;
 beside them the shipped model. Three budgets each, of which the smallest is meant to be too small.
+
+Another question of the same runs: is the default, at its own number of calls, ever worse than an ensemble of as many
+trajectories? Both are set against an ensemble of many members with weight draws of its own.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ from tqdm import tqdm
 import bayesdiff
 from bayesdiff.checks import BayesdiffWarning, UnsupportedPipelineError
 from bayesdiff.propagation.tangents import LARGE
-from experiments.common import command, fitted, record, results_folder, table
+from experiments.common import command, fitted, record, results_folder, seeded, table
 
 BUDGETS = (0.6, 1.2, 2.5)
 #: What is a bad map.
@@ -58,13 +61,14 @@ def trained(width: int, iterations: list[int], batch: int, seed: int) -> dict[in
     return found
 
 
-def errors(pipe: Any, posterior: Any, draws: int, seed: int, **call: Any) -> list[dict[str, Any]]:
-    """True relative errors and residuals, at each budget; nothing where tangents are refused."""
+def errors(pipe: Any, posterior: Any, draws: int, seed: int, members: int, **call: Any) -> list[dict[str, Any]]:
+    """True errors and residuals at each budget, and the default beside an ensemble; nothing where tangents are refused."""
 
     def run(**settings: Any) -> Any:
-        generators = [torch.Generator().manual_seed(seed + i) for i in range(len(call["classes"]))]
-        generator = torch.Generator().manual_seed(seed + 1000)
-        propagation = bayesdiff.Tangents(draws=draws, generator=generator, **settings)
+        return made(bayesdiff.Tangents(draws=draws, generator=seeded(seed + 1000), **settings))
+
+    def made(propagation: Any) -> Any:
+        generators = [seeded(seed + i) for i in range(len(call["classes"]))]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", BayesdiffWarning)
             return bayesdiff.UncertaintyPipeline(pipe, posterior, propagation=propagation)(
@@ -77,17 +81,25 @@ def errors(pipe: Any, posterior: Any, draws: int, seed: int, **call: Any) -> lis
     try:
         exact = run(refresh=1, num_directions=draws).std
         outputs = [(b, run(extra_calls=b)) for b in BUDGETS]
+        default = made(bayesdiff.Tangents(generator=seeded(seed + 1000)))
     except UnsupportedPipelineError as error:
         print(f"refused: {error}")
         return []
+    reference = made(bayesdiff.Ensemble(members=members, generator=seeded(seed + 2000))).std
+    few = max(2, round(default.calls / default.plain_calls) - 1)
+    ensemble = made(bayesdiff.Ensemble(members=few, generator=seeded(seed + 3000)))
+    against = {
+        "calls_ratio": default.calls / default.plain_calls, "default": distance(default.std, reference),
+        "warned": [float(r) > LARGE for r in default.residual] if default.residual is not None else None,
+        "members": few, "ensemble": distance(ensemble.std, reference),
+    }  # fmt: skip
     return [
         {
-            "extra_calls": b,
-            "error": distance(o.std, exact),
-            "residual": None if o.residual is None else o.residual.tolist(),
+            "extra_calls": b, "error": distance(o.std, exact),
+            "residual": None if o.residual is None else o.residual.tolist(), **(against if b == BUDGETS[0] else {}),
         }
         for b, o in outputs
-    ]
+    ]  # fmt: skip
 
 
 def main(
@@ -99,6 +111,7 @@ def main(
     networks: Annotated[int, typer.Option(help="Trainings.")] = 2,
     batch: Annotated[int, typer.Option(help="Of the trainings.")] = 16,
     images: Annotated[int, typer.Option(help="That posteriors are fitted on.")] = 300,
+    members: Annotated[int, typer.Option(help="Of the ensemble that the default is judged by.")] = 64,
     seed: Annotated[int, typer.Option()] = 100,
     out: Annotated[Path | None, typer.Option(help="Folder of the results.")] = None,
 ) -> None:
@@ -121,7 +134,7 @@ def main(
         pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=clip)
         pipe.set_progress_bar_config(disable=True)
         found = errors(
-            pipe, posterior, draws, seed, classes=[3 * i % 10 for i in range(samples)], num_inference_steps=steps,
+            pipe, posterior, draws, seed, members, classes=[3 * i % 10 for i in range(samples)], num_inference_steps=steps,
             guidance_scale=scale,
         )  # fmt: skip
         rows += [{"network": name, "clip": clip, "guidance_scale": scale, **row} for row in found]
@@ -134,6 +147,12 @@ def main(
         "threshold": LARGE, "bad_warned": int((bad & warned).sum()), "bad_silent": int((bad & ~warned).sum()),
         "good_warned": int((~bad & warned).sum()), "good_silent": int((~bad & ~warned).sum()),
         "largest_error_without_warning": float(error[~warned].max()),
+    }  # fmt: skip
+    pairs = [p for r in rows if "default" in r for p in zip(r["default"], r["ensemble"], r["warned"], strict=True)]
+    summary |= {
+        "default_against_members": sum(d for d, *_ in pairs) / len(pairs),
+        "ensemble_against_members": sum(e for _, e, _ in pairs) / len(pairs), "pairs": len(pairs),
+        "default_worse": sum(d > e for d, e, _ in pairs), "default_worse_silent": sum(d > e and not w for d, e, w in pairs),
     }  # fmt: skip
     flat = [
         {**r, "clip": str(r["clip"]), "error": max(r["error"]), "residual": r["residual"] and max(r["residual"])}
@@ -163,7 +182,8 @@ def main(
     figure.savefig(folder / "residual_check.png", dpi=150)
     settings = {
         "samples": samples, "draws": draws, "steps": steps, "width": width, "iterations": lengths, "networks": networks,
-        "batch": batch, "images": images, "budgets": list(BUDGETS), "seed": seed, "command": command("residual_check"),
+        "batch": batch, "images": images, "members": members, "budgets": list(BUDGETS), "seed": seed,
+        "command": command("residual_check"),
     }  # fmt: skip
     record(folder, settings, {"summary": summary, "runs": rows})
     print(f"Written to {folder}")
