@@ -8,9 +8,10 @@ global ones included, is set back. Afterwards all of them stand where one plain 
 from __future__ import annotations
 
 import functools
+import inspect
 import random
 from collections.abc import Callable, Iterator
-from types import ModuleType
+from types import CodeType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -106,20 +107,41 @@ def same_state(one: Any, other: Any) -> bool:
 def reachable(function: Any) -> Iterator[Any]:
     """What a function brings along: its closure, its defaults, what a partial holds, what its object has for attributes.
 
-    And the same of what among these can be called: a decorator holds what it decorates, a pipeline its modules.
+    And the same of the functions and objects among these: a decorator holds what it decorates, a pipeline its modules. And the
+    global variables that it names, and that functions beside it name, which it calls.
     """
-    waiting, seen = [function], {id(function)}
+    waiting, seen, first = [function], {id(function)}, function
+    while isinstance(first, functools.partial):
+        first = first.func
+    home = getattr(inspect.unwrap(first), "__globals__", {})
     while waiting:
-        for value in _held(waiting.pop()):
+        held = waiting.pop()
+        named = _named(held.__code__) if home and getattr(held, "__globals__", None) is home else ()
+        for value in (*_held(held), *(home[name] for name in named if name in home)):
             yield value
             for leaf in tree_leaves(value):
-                if callable(leaf) and not isinstance(leaf, type | torch.nn.Module) and id(leaf) not in seen:
+                if _holds(leaf) and id(leaf) not in seen:
                     seen.add(id(leaf))
                     waiting.append(leaf)
 
 
+def _named(code: CodeType) -> Iterator[str]:
+    """The names that are not a function's own, and those of the functions inside it."""
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _named(constant)
+
+
+def _holds(value: Any) -> bool:
+    """Whether there may be something to find in it: a function, a partial, an object with attributes."""
+    if isinstance(value, type | ModuleType | torch.nn.Module | Tensor):
+        return False
+    return isinstance(value, functools.partial) or hasattr(value, "__dict__") or hasattr(value, "__self__")
+
+
 def _held(function: Any) -> Iterator[Any]:
-    """What one function holds itself."""
+    """What one function or object holds itself."""
     if isinstance(function, functools.partial):
         yield from (function.func, function.args, function.keywords)
         return
@@ -143,7 +165,7 @@ def _full(cell: Any) -> bool:
 def _generators(value: Any) -> Iterator[Any]:
     function, args, kwargs = value
     leaves = tree_flatten((args, kwargs, list(reachable(function))))[0]
-    brought = [leaf for leaf in leaves if callable(leaf) and not isinstance(leaf, type | torch.nn.Module)]
+    brought = [leaf for leaf in leaves if callable(leaf) and _holds(leaf)]
     yield from (
         v for v in (*leaves, *tree_flatten([list(reachable(b)) for b in brought])[0]) if isinstance(v, Generators)
     )
