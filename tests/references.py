@@ -88,7 +88,8 @@ def dense_posterior(
             g = weight * j.T @ r[b, p]
             gradients[int(images[b])] = gradients.get(int(images[b]), torch.zeros(size, dtype=torch.float64)) + g
     precision *= scale
-    scores = about_their_mean(list(gradients.values())) if covariance == "sandwich" else gradients.values()
+    counts = [int((images == i).sum()) for i in gradients]
+    scores = about_their_mean(list(gradients.values()), counts) if covariance == "sandwich" else gradients.values()
     meat = scale * sum(torch.outer(g, g) for g in scores)
     d = jac.shape[4]
     if structure == "diag":
@@ -102,10 +103,12 @@ def dense_posterior(
     return inverse if covariance == "ggn" else inverse @ meat @ inverse
 
 
-def about_their_mean(scores: list[Tensor]) -> list[Tensor]:
-    """Each less their mean, so that n⁻¹ Σ of squares is their unbiased covariance; one alone stays."""
-    n = len(scores)
-    return scores if n == 1 else [(g - sum(scores) / n) * math.sqrt(n / (n - 1)) for g in scores]
+def about_their_mean(sums: list[Tensor], counts: list[int]) -> list[Tensor]:
+    """Sums of so many scores, each score less the images' mean: n⁻¹ Σ of squares is a covariance; one alone stays."""
+    n = len(sums)
+    means = [g / m for g, m in zip(sums, counts, strict=True)]
+    away = [(g - sum(means) / n) * math.sqrt(n / (n - 1)) for g in means] if n > 1 else means
+    return [m * g for g, m in zip(away, counts, strict=True)]
 
 
 def nearest_kronecker(matrix: Tensor, c: int, d: int) -> Tensor:
@@ -302,7 +305,7 @@ def between_and_within(scores: list[Tensor], images: list[int]) -> tuple[Tensor,
         degrees += len(own) - 1
         for g in own:
             within += torch.outer(g - mean, g - mean)
-    for mean in about_their_mean(means):
+    for mean in about_their_mean(means, [1] * len(means)):
         total += torch.outer(mean, mean) / len(numbers)
     within /= degrees
     return total, within, total - inverse * within

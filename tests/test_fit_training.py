@@ -91,7 +91,7 @@ def test_the_posterior_equals_a_naive_loop(name):
     slope, score = loss.curvature(r), loss.score(r)
     h = torch.einsum("b,bp,bpi,bpj->ij", w, slope, phi, phi)
     g = torch.einsum("b,bp,bpi->bi", w, score, phi).view(N, DRAWS, -1).sum(1)
-    g = torch.stack(references.about_their_mean(list(g)))
+    g = torch.stack(references.about_their_mean(list(g), [DRAWS] * N))
     scale = 20 / N * float((w[:, None] * slope).sum() / (w[:, None] * score).square().sum())
     inverse = torch.linalg.inv(scale * h + 0.7 * torch.eye(len(h)).double())
     dense = inverse @ (scale**2 * N / 20 * g.T @ g) @ inverse

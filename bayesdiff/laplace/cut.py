@@ -118,7 +118,9 @@ def _parts(
     curvature = statistics.loss_curvature if covariance == "sandwich" else statistics.precision
     precision = scale * curvature(weights)
     by_image = None if covariance == "ggn" else statistics.scores_by_image(weights)
-    scores, cut_share = _scores(by_image, precision, training_draws, covariance, len(mean))
+    if covariance == "sandwich" and by_image is not None:  # the empirical Fisher is what it is about 0
+        by_image = by_image.centred()
+    scores, cut_share = _scores(by_image, precision, training_draws, len(mean))
     scores = scores * math.sqrt(size)
     full = precision
     if diagonal:
@@ -134,7 +136,7 @@ def _parts(
     tau = _prior(prior_precision, spectrum.cpu(), mean)
     origins = full.new_zeros(0, 2)
     if covariance == "sandwich" and by_image is not None and by_image.degrees:
-        origins = _origins(statistics, by_image.centred(), full, tau.to(full), training_draws or draws) * size
+        origins = _origins(statistics, by_image, full, tau.to(full), training_draws or draws) * size
     return {
         "precision": precision.cpu().contiguous(), "spectrum": spectrum.cpu().contiguous(), "scores": scores.cpu().contiguous(),
         "prior_precision": tau, "weights": weights.cpu(),
@@ -144,20 +146,15 @@ def _parts(
 
 
 def _scores(
-    by_image: Scores | None, precision: Tensor, training_draws: float | None, covariance: str, channels: int
+    by_image: Scores | None, precision: Tensor, training_draws: float | None, channels: int
 ) -> tuple[Tensor, float]:
-    """A factor of the covariance of an image's summed score over M draws, ``(R, C, D)``; the share that was cut.
-
-    The empirical Fisher is what it is about 0, as its name has it.
-    """
+    """A factor of the covariance of an image's summed score over M draws, ``(R, C, D)``; the share that was cut."""
     if by_image is None:
         return precision.new_zeros(0, channels, precision.shape[-1]), 0.0
-    scores = by_image.summed() if training_draws is None else by_image
-    scores = scores.centred() if covariance == "sandwich" else scores
     if training_draws is None:
-        return scores.total, 0.0
+        return by_image.summed() / math.sqrt(len(by_image.counts)), 0.0
     metric = precision if precision.ndim == 2 else precision.mean(0)
-    factor, share = score_factor(scores, training_draws, metric)
+    factor, share = score_factor(by_image, training_draws, metric)
     return factor * training_draws, share
 
 

@@ -177,7 +177,7 @@ class Draws:
 
     def summed(self, weights: Tensor) -> Tensor:
         """The sum of each image's: :meth:`bayesdiff.Statistics.image_scores`."""
-        return self.by_image(weights).summed().means
+        return self.by_image(weights).summed()
 
     # ------------------------------------------------------------------------------------------ files
 

@@ -69,14 +69,14 @@ class Scores:
         if n == 1:
             return self
         shared, mean = (self.means.new_ones(n), self.means.mean(0)) if self.mixed is None else self.mixed
-        means = torch.sub(self.means, shared[:, None, None] * mean).mul_(math.sqrt(n / (n - 1)))
+        size = math.sqrt(n / (n - 1))
+        means = torch.addr(self.means.flatten(1), shared, mean.flatten(), beta=size, alpha=-size).view_as(self.means)
         return replace(self, means=means, mixed=self.mixed and (torch.zeros_like(shared), mean))
 
-    def summed(self) -> Scores:
-        """With Σ_j g_ij for means; in mixtures an image counts as one with the mean number of draws."""
-        counts = (self.counts if self.mixed is None else self.counts.mean()).to(self.means)[..., None, None]
-        mixed = self.mixed and (self.mixed[0], self.mixed[1] * self.counts.mean().to(self.means))
-        return replace(self, means=self.means * counts, mixed=mixed)
+    def summed(self) -> Tensor:
+        """Σ_j g_ij of each image, ``(n, C, D)``; in mixtures an image counts as one with the mean number of draws."""
+        counts = self.counts if self.mixed is None else self.counts.mean()
+        return self.means * counts.to(self.means)[..., None, None]
 
     @property
     def degrees(self) -> float:

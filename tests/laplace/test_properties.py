@@ -149,7 +149,8 @@ def dense(problem, cut, tau, structure):
             gradients[i] = gradients.get(i, 0) + weight[k] * torch.outer(e, f).flatten()
     precision = torch.kron(torch.eye(c).double(), a)
     scores = list(gradients.values())
-    scores = references.about_their_mean(scores) if cut["covariance"] == "sandwich" else scores
+    counts = [int((problem.images == i).sum()) for i in gradients]
+    scores = references.about_their_mean(scores, counts) if cut["covariance"] == "sandwich" else scores
     meat = cut["size"] * sum(torch.outer(g, g) for g in scores)
     if structure == "diag":
         precision, meat = precision.diagonal().diag(), meat.diagonal().diag()
