@@ -31,7 +31,7 @@ PARTS: dict[str, Callable[[Subject, Folders, Size], list[dict[str, Any]]]] = {
 SIZES = {
     "ood": (Size(images=300), Size(images=300)),
     "restoration": (Size(images=288), Size(images=192, steps=15)),
-    "filtering": (Size(images=120, seeds=5, steps=10, draws=48), Size(images=60, seeds=5, steps=10, draws=48)),
+    "filtering": (Size(images=120, seeds=5, steps=10, draws=48), Size(images=48, seeds=5, steps=8, draws=48)),
     "prompts": (None, Size(images=240, seeds=3, steps=10, draws=48)),
 }
 MODELS = {"fashion-ddpm": 0, "fashion-4step": 0, "earth-sd": 1, "earth-sd3": 1}

@@ -25,7 +25,7 @@ from experiments.usefulness.spaces import EarthFeatures, Frechet, classifier, pr
 
 KEEP = 1 / 1.2
 RANDOM_DROPS = 200
-BATCH = 40
+BATCH = 48
 METHODS = ("tangents", "ggn", "ensemble", "bayesdiff")
 #: Of one seed: features of the images, which of them are taken for another class than was asked for, and all scores.
 Made = tuple[Tensor, Tensor | None, dict[str, Tensor]]
