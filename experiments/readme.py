@@ -11,10 +11,15 @@ from typing import Any
 
 from bayesdiff.propagation.settings import Tangents
 from experiments.pages import NOT_RUN, markdown, read, written
-from experiments.posterior_check.__main__ import folder_name
 
 PAGES = (Path("README.md"), Path("docs/propagation.md"), Path("docs/design.md"))
 MODELS = ("fashion-ddpm", "fashion-4step", "earth-sd", "earth-sd3")
+#: Posterior checks: what they are called, and their folders.
+CHECKS = {
+    "`fashion-ddpm`": "fashion-ddpm", "the same, L1": "l1", "`fashion-4step`": "fashion-4step",
+    "the same, its head at the minimum": "fashion-4step-settled", "`earth-sd`": "earth-sd", "`earth-sd3`": "earth-sd3",
+    "the same, m = 24": "earth-sd3-24-draws",
+}  # fmt: skip
 #: What is shown of a posterior check, and how it is called.
 POSTERIORS = {
     "M is told": "sandwich, M told", "lowrank": "the same, `lowrank`", "kron": "the same, Kronecker factors",
@@ -71,8 +76,8 @@ def span(values: list[float], digits: int) -> str:
 def refits(_: str) -> str:
     """Of one step: the sandwich that is told M, and the plain GGN, against refits; the worst and best timestep."""
     lines = []
-    for model in MODELS:
-        found = read(folder_name(model))
+    for label, name in CHECKS.items():
+        found = read(folder_of(name))
         if found is None:
             continue
         rows = {n: [r for r in found["results"]["agreement"] if r["posterior"] == n] for n in ("M is told", "ggn")}
@@ -80,7 +85,7 @@ def refits(_: str) -> str:
         ceilings = {r["t"]: r["log_correlation"] for r in found["results"].get("halves", ())}
         told = ceilings.get(lowest["t"])
         lines.append([
-            f"`{model}`", str(found["settings"]["refits"]), span([r["ratio"] for r in rows["M is told"]], 2),
+            label, str(found["settings"]["refits"]), span([r["ratio"] for r in rows["M is told"]], 2),
             span([r["log_correlation"] for r in rows["M is told"]], 3),
             f"{lowest['t']}" + (f" (halves of the refits: {told:.3f})" if told is not None else ""),
             span([r["ratio"] for r in rows["ggn"]], 2),
@@ -96,9 +101,14 @@ def refits(_: str) -> str:
     return markdown(head, lines) if lines else NOT_RUN
 
 
+def folder_of(name: str) -> str:
+    """Of a posterior check: a model, or what its folder says beside."""
+    return "_".join(["posterior_check", *([] if name == "fashion-ddpm" else [name.replace("-", "_")])])
+
+
 def judged(name: str) -> str:
     """Of one run of ``posterior_check``: posteriors × timesteps, with what was run."""
-    found = read("_".join(["posterior_check", *([] if name == "fashion-ddpm" else [name.replace("-", "_")])]))
+    found = read(folder_of(name))
     if found is None:
         return NOT_RUN
     settings, results = found["settings"], found["results"]
