@@ -38,8 +38,8 @@ ROUNDING = 1e-9
 REGULARIZATION = 0.05
 #: Weights of B from the measurements before and after one.
 BEFORE, AFTER = 0.7, 0.3
-#: Numbers of a row that are multiplied at once in float64.
-CHUNK = 2**14
+#: Numbers of a sample that are multiplied at once in float64.
+CHUNK = 2**20
 #: The symmetric part is kept with so many rows for each direction; more change nothing.
 ROWS_PER_DIRECTION = 2
 #: Of the rows behind :func:`reduced`, the share of mixtures.
@@ -68,32 +68,34 @@ class Response:
         outside = delta - inside @ self.directions
         return self.gain * delta + inside @ self.excess + (outside @ self.extension.mT) @ self.extension
 
+    @property
+    def outside(self) -> Tensor:
+        """E of δ − VᵀVδ as a matrix, E − (EVᵀ)V. As Eδ − (EVᵀ)(Vδ) it would cancel in float32."""
+        return self.extension - (self.extension @ self.directions.mT) @ self.directions
+
     def diagonal(self, basis: Tensor | None = None) -> Tensor:
         """The diagonal of J, ``(B, P)``: γ, what was measured, and what is extended to.
 
         Args:
             basis: Orthonormal rows ``(B, r, P)`` that all else is in coordinates of; None: it is not.
         """
-        outside = self.extension - (self.extension @ self.directions.mT) @ self.directions
         total = self.gain[:, :, 0]
-        for left, right in ((self.directions, self.excess), (outside, self.extension)):
-            if basis is not None:
-                rank = basis.shape[1]
-                left, right = (rows[..., :rank] @ basis.to(rows) for rows in (left, right))
-            total = total + (left * right).sum(1)
+        for left, right in ((self.directions, self.excess), (self.outside, self.extension)):
+            if basis is None:
+                total = total + (left * right).sum(1)
+                continue
+            left, right = (rows[..., : basis.shape[1]] for rows in (left, right))
+            some = basis.to(left).split(CHUNK // max(1, left.shape[1]) + 1, dim=2)
+            total = total + torch.cat([((left @ b) * (right @ b)).sum(1) for b in some], dim=1)
         return total
 
     @staticmethod
     def weighted(pairs: Sequence[tuple[float, Response]], delta: Tensor) -> Tensor:
         """Σ w J δ of several responses, in two matrix products."""
-        left, right, gain = [], [], torch.zeros_like(pairs[0][1].gain)
-        for weight, r in pairs:
-            gain = gain + weight * r.gain
-            # Outside the directions δ − VᵀVδ: E of that is (E − (EVᵀ)V)δ. As Eδ − (EVᵀ)(Vδ) it would cancel in float32.
-            outside = r.extension - (r.extension @ r.directions.mT) @ r.directions
-            left += [r.directions, outside]
-            right += [weight * r.excess, weight * r.extension]
-        return torch.baddbmm(gain * delta, delta @ torch.cat(left, dim=1).mT, torch.cat(right, dim=1))
+        total = sum(weight * r.gain for weight, r in pairs) * delta
+        inside = delta @ torch.cat([rows for _, r in pairs for rows in (r.directions, r.outside)], dim=1).mT
+        right = torch.cat([weight * rows for weight, r in pairs for rows in (r.excess, r.extension)], dim=1)
+        return total.baddbmm_(inside, right)
 
     @classmethod
     def fit(cls, chosen: Directions, images: Tensor, known: Tensor | None = None) -> Response:
@@ -192,12 +194,12 @@ def smoothed(measured: Sequence[tuple[Directions, Tensor]]) -> Iterator[Response
     Args:
         measured: Directions and Jδ of each, as :meth:`Response.fit` takes them. What is known is kept in their dtype.
     """
-    backward = list(_chain(measured[:0:-1]))[::-1]
+    backward = list(_chain(measured[:0:-1]))
     forward = _chain(measured[:-1])
     for n, (chosen, images) in enumerate(measured):
         known = [BEFORE**0.5 * next(forward)] if n else []
         if n + 1 < len(measured):
-            known.append(AFTER**0.5 * backward[n])
+            known.append(AFTER**0.5 * backward.pop())
         yield Response.fit(chosen, images, torch.cat(known, dim=1) if known else None)
 
 
@@ -236,13 +238,20 @@ def _leading(rows: Tensor, number: int) -> Tensor:
     return torch.linalg.eigh(rows @ rows.mT).eigenvectors[:, :, -kept:].mT @ rows
 
 
+def pieces(parts: Sequence[Tensor]) -> Iterator[tuple[slice, Tensor]]:
+    """Some ``(B, m_i, P)`` together in float64, some of P at a time: where, and ``(B, m, …)``."""
+    number, size = sum(part.shape[1] for part in parts), parts[0].shape[2]
+    width = CHUNK // max(1, number) + 1
+    for some in (slice(first, first + width) for first in range(0, size, width)):
+        yield some, torch.cat([part[..., some] for part in parts], dim=1).double()
+
+
 def gram(parts: Sequence[Tensor]) -> Tensor:
-    """Inner products of some ``(B, m_i, P)`` together: ``(B, m, m)``, summed in float64 a chunk of P at a time."""
+    """Inner products of some ``(B, m_i, P)`` together: ``(B, m, m)``, summed in float64."""
     number = sum(part.shape[1] for part in parts)
     total = parts[0].new_zeros(len(parts[0]), number, number, dtype=torch.float64)
-    for first in range(0, parts[0].shape[2], CHUNK):
-        some = torch.cat([part[..., first : first + CHUNK].double() for part in parts], dim=1)
-        total.baddbmm_(some, some.mT)
+    for _, piece in pieces(parts):
+        total.baddbmm_(piece, piece.mT)
     return total
 
 

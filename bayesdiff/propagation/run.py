@@ -32,8 +32,7 @@ from bayesdiff.propagation.steps import Direct, DrawnVariance, branches, step_va
 from bayesdiff.propagation.tangents import TangentRun, warn
 from bayesdiff.tracing.boxes import modules_of
 from bayesdiff.tracing.network import Session
-from bayesdiff.tracing.record import Call
-from bayesdiff.tracing.rerun import Rerun, tensors
+from bayesdiff.tracing.rerun import Rerun
 from bayesdiff.tracing.step import OnStep, Probe, Spy, Step, call_step, previous_sample
 
 
@@ -122,7 +121,7 @@ class UncertainRun:
             self.session.replay(drawn.on_network, lambda *_: None, self.again(drawn.on_step))
             variances = [d if v is None else v for v, d in zip(variances, drawn.variances, strict=True)]
         found = [v for v in variances if v is not None]
-        steps = [Gaussian(given_again(s, calls).to(v.dtype), v) for s, v in zip(self.steps, found, strict=True)]
+        steps = [Gaussian(s.output.to(v.dtype), v) for s, v in zip(self.steps, found, strict=True)]
         self.steps.clear()  # their samples are not needed any more
         return {"steps": steps, "exact_steps": exact}
 
@@ -236,14 +235,6 @@ class UncertainRun:
         return UncertaintyOutput(
             output, result.variance, **self._counts(), **predicted, latents=result.latents, trajectory=result.trajectory
         )
-
-
-def given_again(step: Step, calls: list[Call]) -> Tensor:
-    """What a scheduler was given: the record itself where that is the network's output, so that a run keeps it once."""
-    for f in (f for n in step.calls for f in tensors(calls[n].output)):
-        if (f.shape, f.dtype) == (step.output.shape, step.output.dtype) and torch.equal(f, step.output):
-            return f
-    return step.output
 
 
 def sum_of_squares(tangents: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bayesdiff.propagation.response import CHUNK, gram
+from bayesdiff.propagation.response import gram, pieces
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,8 @@ class Span:
         vectors, size = vectors[..., len(values[0]) - number :], size[:, len(values[0]) - number :]
         combined = (vectors / scale).mT / size.unsqueeze(2)
         basis = parts[0].new_zeros(len(norms), number, parts[0].shape[2])
-        for first in range(0, basis.shape[2], CHUNK):  # never a copy of all parts
-            some = slice(first, first + CHUNK)
-            basis[..., some] = combined @ torch.cat([part[..., some].double() for part in parts], dim=1)
+        for some, piece in pieces(parts):  # never a copy of all parts
+            basis[..., some] = combined @ piece
         return cls(basis, scale * vectors * size.unsqueeze(1))
 
     def into(self, delta: Tensor) -> Tensor:

@@ -99,6 +99,7 @@ class TangentRun:
         few = max(FEWEST, CHOOSING_BYTES // (4 * row))
         self._draws = slice(0, self.draws if self.exact else min(CHOOSING, few))
         self.session.replay(self._network, self._component, function)
+        self.session.trace.purge()  # what the function returned has tangents, too
         by_box: dict[int, list[Responder]] = {}
         for (box, _), module in self._modules.items():
             by_box.setdefault(box, []).append(module.responder)

@@ -9,7 +9,7 @@ from bayesdiff.propagation.span import Span
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("shape", [(2, 6, 50), (1, 12, 8), (3, 1, 20_000)])
+@pytest.mark.parametrize("shape", [(2, 6, 50), (1, 12, 8), (2, 60, 20_000)])
 def test_coordinates_keep_all_inner_products(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)

@@ -164,6 +164,18 @@ def test_direct_terms_are_what_other_weights_do(made):
     torch.testing.assert_close(by_sample, shift)
 
 
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_no_step_keeps_tangents(made, scale):
+    """The record itself is kept where it is what the scheduler is given, and one tensor of places for all steps."""
+    made[0].single = scale == 1
+    run = Probed(*made, scale=scale, num_inference_steps=12)
+    run.session.trace.purge()
+    assert len(run.session.trace.shadows.entries) < 6
+    assert len({id(step.places) for step in run.steps}) == 1
+    recorded = {call.output.sample.data_ptr() for call in run.calls}
+    assert all((step.output.data_ptr() in recorded) == (scale == 1) for step in run.steps)
+
+
 def test_branches_are_rows_of_one_sample(made):
     pipe = made[0]
     found = branches(Probed(*made, scale=3.0).steps)
