@@ -19,6 +19,7 @@ from bayesdiff.checks import NotRepeatableError, UnsupportedPipelineError, check
 from bayesdiff.head.find import Head
 from bayesdiff.tracing.boxes import Box, methods_of, over
 from bayesdiff.tracing.dual import DualNumbers
+from bayesdiff.tracing.memory import tidy
 from bayesdiff.tracing.record import Call, check_same, scalars_of, sums_of
 from bayesdiff.tracing.rerun import Rerun, copied, same_state, tensors
 from bayesdiff.tracing.rows import check_rows, first_row_moved, in_lists, in_rows, number_of_rows, other_rows
@@ -168,6 +169,8 @@ class Session:
     def _call(self, box: Box, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._inside or (box is not self.network and not tensors((args, kwargs))):
             return box.original(*args, **kwargs)
+        if box is self.network:
+            tidy(len(box.calls) if self._recording else box.position)
         if self._recording:
             return self._record(box, args, kwargs)
         if self._live:

@@ -47,3 +47,24 @@ def test_what_a_step_takes_again_is_kept_and_more_is_given_back(number: int, kep
     process.start()
     process.join()
     assert process.exitcode == 0
+
+
+def collected(every: bool) -> None:
+    """A long run keeps a little of each call between what the call freed."""
+    memory.CALLS = memory.CALLS if every else 10**9
+    before, kept = memory._resident(), []
+    for call in range(1000):
+        some = [torch.ones(n * 1024, dtype=torch.uint8) for n in (700 + call % 7 * 31, 300 + call % 5 * 17, 900)]
+        kept.append(torch.ones(16 * 1024, dtype=torch.uint8))
+        del some
+        memory.tidy(call)
+    assert (memory._resident() - before < 64 * MB) == every
+    del kept
+
+
+@pytest.mark.parametrize("every", [True, False])
+def test_a_long_run_of_small_tensors_is_tidied(every: bool) -> None:
+    process = multiprocessing.get_context("spawn").Process(target=collected, args=(every,))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
