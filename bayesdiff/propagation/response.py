@@ -26,6 +26,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Generator, Tensor
@@ -68,7 +69,7 @@ class Response:
         outside = delta - inside @ self.directions
         return self.gain * delta + inside @ self.excess + (outside @ self.extension.mT) @ self.extension
 
-    @property
+    @cached_property
     def outside(self) -> Tensor:
         """E of δ − VᵀVδ as a matrix, E − (EVᵀ)V. As Eδ − (EVᵀ)(Vδ) it would cancel in float32."""
         return self.extension - (self.extension @ self.directions.mT) @ self.directions
