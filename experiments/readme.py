@@ -153,7 +153,27 @@ def maps(_: str) -> str:
     return markdown(head.split(","), lines) if lines else NOT_RUN
 
 
-TABLES = {"accuracy": accuracy, "samplers": samplers, "refits": refits, "judged": judged, "maps": maps}
+def cost(_: str) -> str:
+    """Time beyond the network calls, and memory beyond the image alone."""
+    lines = []
+    found = read("cost")
+    for r in found["results"] if found else ():
+        s = found["settings"]  # type: ignore[index]
+        lines.append([
+            f"{s['samples']} images of 28² (`{s['model']}`)", f"DDIM, {s['steps']}", str(r["draws"]), f"{r['calls_ratio']:.1f}×",
+            f"{r['overhead']:.2f}", "",
+        ])  # fmt: skip
+    found = read("memory")
+    for r in found["results"] if found else ():
+        lines.append([
+            f"one of {r['size']}² × 3 (random U-Net)", f"{r['sampler']}, {r['steps']}", str(r["draws"]),
+            f"{r['calls_ratio']:.1f}×", f"{r['overhead']:.2f}", f"{r['growth_mb']:.0f} MB",
+        ])  # fmt: skip
+    head = "images,sampler and steps,K,network calls,time / that of its calls,memory beyond the image alone"
+    return markdown(head.split(","), lines) if lines else NOT_RUN
+
+
+TABLES = {"accuracy": accuracy, "samplers": samplers, "refits": refits, "judged": judged, "maps": maps, "cost": cost}
 
 
 if __name__ == "__main__":
