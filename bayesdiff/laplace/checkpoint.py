@@ -30,7 +30,7 @@ from bayesdiff.head.layer import Head
 from bayesdiff.io import checksum, read_named, write_json, write_named
 from bayesdiff.laplace.statistics import Statistics
 
-FORMAT = 2
+FORMAT = 3
 _INDEX = "checkpoint.json"
 _LOCK = "checkpoint.lock"
 _SHARE = 0.02  # of the time may go into writing

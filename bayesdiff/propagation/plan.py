@@ -91,17 +91,17 @@ def spread(places: Sequence[int], number: int, density: float) -> list[int]:
     return [places[int(n)] for n in np.unique(((len(places) - 1) * (1 - (1 - u) ** density)).round())]
 
 
-def candidates(places: Sequence[float], stages: int = 1) -> list[int]:
-    """Calls that may be measured, their u ascending; not the first, which has no tangents.
+def candidates(places: Sequence[float], stages: int = 1, entered: int = 1) -> list[int]:
+    """Calls that may be measured, their u ascending; not those before ``entered``, which have no tangents.
 
     Of calls at one level the first, which a two-stage solver predicts (with those that it corrects maps are a third too dark).
     Where levels do not tell stages apart, one call in so many, and the last.
     """
     first: dict[float, int] = {}
     for n, u in enumerate(places):
-        if n > 0:
+        if n >= entered:
             first.setdefault(u, n)
-    distinct = len(first) >= len(places) - 1
+    distinct = len(first) >= len(places) - entered
     kept = [n for n in first.values() if not distinct or stages == 1 or n % stages == 1 or n == len(places) - 1]
     kept.sort(key=lambda n: (places[n], n))
     # Where a sampler goes back to more noise, calls and levels come in different orders: only what ascends in both is kept.
@@ -114,7 +114,7 @@ def candidates(places: Sequence[float], stages: int = 1) -> list[int]:
 
 def plan(
     places: Sequence[float], extra_calls: float, refresh: int | None = None, num_directions: int | None = None,
-    stages: int = 1, noisy: bool = False,
+    stages: int = 1, noisy: bool = False, entered: int = 1,
 ) -> Plan:  # fmt: skip
     r"""At which calls to measure the response, and along how many directions.
 
@@ -130,21 +130,23 @@ def plan(
         num_directions: p; given, it is not chosen.
         stages: Calls that make one step of the solver.
         noisy: Whether the sampler adds noise.
+        entered: The first call whose input has tangents. Before the network's first measurement its response is taken for 0, as
+            it is at pure noise; of a module that has tangents in its first call, that is measured.
 
     Returns:
-        Calls from 1 to the last, denser late, and p ≥ 1.
+        Calls from ``entered`` to the last, denser late, and p ≥ 1.
     """
     number_of_calls = len(places)
     if refresh == 1:
-        return Plan(tuple(range(1, number_of_calls)), num_directions or max(1, int(extra_calls)), tuple(places))
-    able = candidates(places, stages)
+        return Plan(tuple(range(entered, number_of_calls)), num_directions or max(1, int(extra_calls)), tuple(places))
+    able = candidates(places, stages, entered)
     last = len(able)
     if last < 1:
         return Plan((), num_directions or 1, tuple(places))
     budget = min(extra_calls * number_of_calls, MOST)
     repeated = len(set(places)) < number_of_calls
     if refresh is not None:
-        number = math.ceil((number_of_calls - 1) / refresh)
+        number = math.ceil((number_of_calls - entered) / refresh)
     elif last <= 5 and budget >= 3 * last:
         number = last
     else:
@@ -155,4 +157,6 @@ def plan(
         number = max(number, min(round(share * budget**0.5), int(budget / least)))
         number = max(number, number + 1, key=lambda r: r * int(budget / r))
     nodes = spread(able, min(number, last), DENSITY)
+    if entered == 0 and nodes[0] > 0:
+        nodes = [0, *nodes]
     return Plan(tuple(nodes), num_directions or max(1, int(budget / len(nodes))), tuple(places))

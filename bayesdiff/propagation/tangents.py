@@ -147,7 +147,7 @@ class TangentRun:
         return Denoising(stacked.unflatten(2, module.sample), torch.tensor(weights, dtype=torch.float64))
 
     def _module(self, box: Box, n: int) -> tuple[Module, int]:
-        """The responses that call n belongs to, and its number among their calls."""
+        """The responses that call n belongs to, and its number among their calls; the first that is asked for has tangents."""
         order = self._order.setdefault(id(box), branch_order(box.calls))
         branch, place = order[n]
         key = (id(box), branch)
@@ -155,7 +155,7 @@ class TangentRun:
             calls = [c for c, (other, _) in zip(box.calls, order, strict=True) if other == branch]
             coordinates = Coordinates(self.scheduler, calls)
             s, places = self.settings, ranks(coordinates.levels, len(calls))
-            chosen = plan(places, s.extra_calls, s.refresh, s.num_directions, self.stages, self.session.noisy)
+            chosen = plan(places, s.extra_calls, s.refresh, s.num_directions, self.stages, self.session.noisy, place)
             shared = self.stages == 1 and len(set(places)) == len(places)
             self._modules[key] = Module(coordinates, Responder(chosen, self.dtype, shared, s.batch_invariant))
         return self._modules[key], place

@@ -9,11 +9,10 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
-from torch.utils._pytree import tree_leaves
 
 from bayesdiff.checks import UnsupportedPipelineError
 from bayesdiff.tracing.record import Call
-from bayesdiff.tracing.rerun import Rerun, reachable
+from bayesdiff.tracing.rerun import Rerun, brought
 
 _lock = threading.Lock()
 
@@ -78,7 +77,7 @@ def modules_of(run: Rerun, args: tuple[Any, ...], kwargs: dict[str, Any], networ
     """The modules that a function is given or brings along, but for those that are, hold or belong to the network."""
     found: dict[str, nn.Module] = {}
     own = set(map(id, network.modules()))
-    for value in tree_leaves((args, kwargs, list(reachable(run.function)))):
+    for value in brought(run.function, args, kwargs):
         if isinstance(value, nn.Module) and id(value) not in own and not own & set(map(id, value.modules())):
             found.setdefault(f"{type(value).__name__} ({len(found)})", value)
     unique = {id(m): name for name, m in reversed(found.items())}

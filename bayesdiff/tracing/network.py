@@ -205,7 +205,14 @@ class Session:
         self._inside = True
         try:
             if box is not self.network:
+                given = [t for t in tensors((args, kwargs)) if not t.is_inference()]
+                versions = [t._version for t in given]
                 output = box.original(*args, **kwargs)
+                if versions != [t._version for t in given]:
+                    raise UnsupportedPipelineError(
+                        f"expected {box.name} to leave what it is given as it is, got one that writes into it: build it with "
+                        "inplace=False, or call the operation itself"
+                    )
                 box.calls.append(Call(copied(output), sums, scalars))
                 return output
             before = self.run.states()

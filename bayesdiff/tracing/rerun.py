@@ -8,10 +8,8 @@ global ones included, is set back. Afterwards all of them stand where one plain 
 from __future__ import annotations
 
 import functools
-import inspect
 import random
 from collections.abc import Callable, Iterator
-from types import CodeType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -44,7 +42,7 @@ class Rerun:
     def __init__(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.function = function
         self._arguments = copied((args, kwargs))
-        found = {id(g): g for g in _generators((function, args, kwargs))}
+        found = {id(g): g for g in brought(function, args, kwargs) if isinstance(g, Generators)}
         #: The generators that were found, but for the global ones.
         self.generators = list(found.values())
         self._before = self.states()
@@ -107,41 +105,20 @@ def same_state(one: Any, other: Any) -> bool:
 def reachable(function: Any) -> Iterator[Any]:
     """What a function brings along: its closure, its defaults, what a partial holds, what its object has for attributes.
 
-    And the same of the functions and objects among these: a decorator holds what it decorates, a pipeline its modules. And the
-    global variables that it names, and that functions beside it name, which it calls.
+    And the same of the functions among these: a decorator holds what it decorates.
     """
-    waiting, seen, first = [function], {id(function)}, function
-    while isinstance(first, functools.partial):
-        first = first.func
-    home = getattr(inspect.unwrap(first), "__globals__", {})
+    waiting, seen = [function], {id(function)}
     while waiting:
-        held = waiting.pop()
-        named = _named(held.__code__) if home and getattr(held, "__globals__", None) is home else ()
-        for value in (*_held(held), *(home[name] for name in named if name in home)):
+        for value in _held(waiting.pop()):
             yield value
             for leaf in tree_leaves(value):
-                if _holds(leaf) and id(leaf) not in seen:
+                if (hasattr(leaf, "__code__") or isinstance(leaf, functools.partial)) and id(leaf) not in seen:
                     seen.add(id(leaf))
                     waiting.append(leaf)
 
 
-def _named(code: CodeType) -> Iterator[str]:
-    """The names that are not a function's own, and those of the functions inside it."""
-    yield from code.co_names
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from _named(constant)
-
-
-def _holds(value: Any) -> bool:
-    """Whether there may be something to find in it: a function, a partial, an object with attributes."""
-    if isinstance(value, type | ModuleType | torch.nn.Module | Tensor):
-        return False
-    return isinstance(value, functools.partial) or hasattr(value, "__dict__") or hasattr(value, "__self__")
-
-
 def _held(function: Any) -> Iterator[Any]:
-    """What one function or object holds itself."""
+    """What one function holds itself."""
     if isinstance(function, functools.partial):
         yield from (function.func, function.args, function.keywords)
         return
@@ -149,7 +126,7 @@ def _held(function: Any) -> Iterator[Any]:
     yield from (getattr(function, "__defaults__", None), getattr(function, "__kwdefaults__", None))
     owner = getattr(function, "__self__", None)
     owner = function if owner is None and not hasattr(function, "__code__") else owner
-    if owner is not None and not isinstance(owner, type | ModuleType):  # a built-in function's is where it was made
+    if owner is not None:
         yield owner
         yield from getattr(owner, "__dict__", {}).values()
 
@@ -162,10 +139,9 @@ def _full(cell: Any) -> bool:
     return True
 
 
-def _generators(value: Any) -> Iterator[Any]:
-    function, args, kwargs = value
-    leaves = tree_flatten((args, kwargs, list(reachable(function))))[0]
-    brought = [leaf for leaf in leaves if callable(leaf) and _holds(leaf)]
-    yield from (
-        v for v in (*leaves, *tree_flatten([list(reachable(b)) for b in brought])[0]) if isinstance(v, Generators)
-    )
+def brought(function: Any, args: Any, kwargs: Any) -> Iterator[Any]:
+    """All that a function is given or brings along, and what the callable ones among these do: a pipeline has its modules."""
+    for leaf in tree_leaves((args, kwargs, list(reachable(function)))):
+        yield leaf
+        if callable(leaf) and not isinstance(leaf, type | torch.nn.Module):
+            yield from tree_leaves(list(reachable(leaf)))

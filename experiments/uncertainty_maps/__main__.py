@@ -76,7 +76,7 @@ def gallery(of: Subject, steps: int, seeds: int) -> dict[str, Any]:
         return given
 
     for s in range(seeds):
-        of.sample(told, of.noise(len(told), 500 + s), steps, callback_on_step_end=seen)
+        of.sampler(told, steps, callback_on_step_end=seen)(of.noise(len(told), 500 + s))
     spread = torch.stack([torch.stack(o).std(0) for o in others])
     weights = torch.stack([g.variance.clamp(min=0).sqrt() for g in output.trajectory])
     rows = [

@@ -7,6 +7,7 @@ import gzip
 import io
 import pickle
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -104,16 +105,20 @@ class Subject:
         size = self.network.config
         return torch.randn(count, size.in_channels, size.sample_size, size.sample_size, generator=seeded(seed))
 
-    def sample(self, told: list[Any], noise: Tensor, steps: int, guidance: float = 1.0, **keywords: Any) -> Tensor:
-        """Images in 0–1, before they are clamped."""
-        z = self.pipe(
-            told, latents=noise, num_inference_steps=steps, guidance_scale=guidance, output_type="latent", **self.given,
-            **keywords,
-        ).images  # fmt: skip
-        if hasattr(self.pipe, "vae"):
-            config = self.pipe.vae.config
-            z = self.pipe.vae.decode(z / config.scaling_factor + (config.shift_factor or 0), return_dict=False)[0]
-        return (z + 1) / 2
+    def sampler(
+        self, told: list[Any], steps: int, guidance: float = 1.0, **keywords: Any
+    ) -> Callable[[Tensor], Tensor]:
+        """A function of the noise: images in 0–1, before they are clamped. It has the pipeline in its closure."""
+        pipe, vae = self.pipe, getattr(self.pipe, "vae", None)
+        keywords = {"num_inference_steps": steps, "guidance_scale": guidance, **self.given, **keywords}
+
+        def sample(noise: Tensor) -> Tensor:
+            z = pipe(told, latents=noise, output_type="latent", **keywords).images
+            if vae is not None:
+                z = vae.decode(z / vae.config.scaling_factor + (vae.config.shift_factor or 0), return_dict=False)[0]
+            return (z + 1) / 2
+
+        return sample
 
     def clean(self, images: Tensor) -> Tensor:
         """Images in [−1, 1] as the network's samples."""

@@ -11,6 +11,7 @@ run.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -118,8 +119,10 @@ def samples(subject: Subject, model: nn.Module, size: Size, seed: int, methods: 
         asked = told[first : first + BATCH]
         noise = subject.noise(len(asked), 10_000 * (seed + 1) + first)
 
-        def sampler(x: Tensor, asked: list[Any] = asked) -> Tensor:
-            images = subject.sample(asked, x, steps, 3.0 if text else 1.0)
+        drawn = subject.sampler(asked, steps, 3.0 if text else 1.0)
+
+        def sampler(x: Tensor, drawn: Callable[[Tensor], Tensor] = drawn) -> Tensor:
+            images = drawn(x)
             return torch.cat([images.flatten(1), model(images)], 1)
 
         output = bayesdiff.propagate(sampler, network, posterior, noise, propagation=tangents)

@@ -58,8 +58,7 @@ def sampler(
     subject: Subject, task: str, truth: Tensor, told: list[Any], steps: int, seed: int
 ) -> Callable[[Tensor], Tensor]:
     """The pipeline with its callback, as a function of the noise."""
-    keep = keeper(subject, task, truth, seed)
-    return lambda x: subject.sample(told, x, steps, callback_on_step_end=keep)
+    return subject.sampler(told, steps, callback_on_step_end=keeper(subject, task, truth, seed))
 
 
 def run(subject: Subject, folders: Folders, size: Size) -> list[dict[str, Any]]:

@@ -134,6 +134,41 @@ def test_samplers_of_k_diffusion_as_they_are(name: str, mlp: tuple[Mlp, Denoiser
     assert worst(lambda: sample(denoiser, 10 * noise(4, 10), SIGMAS, disable=True), net, posterior) <= BAR
 
 
+@pytest.mark.parametrize("times", ["once", "every-step"])
+def test_a_module_whose_first_call_has_tangents_is_measured_there(
+    times: str, mlp: tuple[Mlp, Denoiser, LaplacePosterior]
+) -> None:
+    """Another network's first call is at pure noise; that of a module between its calls is not."""
+    net, denoiser, posterior = mlp
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        between = nn.Sequential(nn.Linear(10, 10), nn.Tanh()).double().eval().requires_grad_(False)
+
+    def loop() -> Tensor:
+        x = noise(4, 10)
+        for step, sigma in enumerate(SIGMAS[:-1]):
+            x = x + 0.1 * denoiser(x, sigma.expand(4))
+            x = 1.5 * between(x) if times == "every-step" or step == 1 else x
+        return x
+
+    assert worst(loop, net, posterior) <= BAR
+
+
+def test_a_module_that_writes_into_what_it_is_given_is_refused(mlp: tuple[Mlp, Denoiser, LaplacePosterior]) -> None:
+    net, denoiser, posterior = mlp
+    relu = nn.LeakyReLU(0.5, inplace=True)
+
+    def loop() -> Tensor:
+        x = noise(4, 10)
+        for sigma in SIGMAS[:-1]:
+            x = x + 0.1 * denoiser(x, sigma.expand(4))
+        relu(x)
+        return 2 * x
+
+    with pytest.raises(UnsupportedPipelineError, match="got one that writes into it"):
+        bd.propagate(loop, net, posterior)
+
+
 def test_dpm_fast_of_k_diffusion(mlp: tuple[Mlp, Denoiser, LaplacePosterior]) -> None:
     net, denoiser, posterior = mlp
     sample, x = sampling().sample_dpm_fast, 10 * noise(4, 10)

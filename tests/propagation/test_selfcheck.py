@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import types
 
 import numpy as np
 import pytest
@@ -155,8 +154,7 @@ def test_the_modules_of_a_pipeline_in_a_function_of_ones_own_are_decoders_too():
     def kwargs():
         return case.call(pipe, torch.Generator().manual_seed(0)) | {"output_type": "pt"}
 
-    holder = types.SimpleNamespace(pipe=pipe)
-    out = bd.propagate(lambda: holder.pipe(**kwargs()).images, pipe.unet, posterior_of(pipe), propagation=settings)
+    out = bd.propagate(lambda: pipe(**kwargs()).images, pipe.unet, posterior_of(pipe), propagation=settings)
     whole = bd.UncertaintyPipeline(pipe, posterior_of(pipe), propagation=settings)(**kwargs())
     assert out.other_calls == whole.other_calls == 6 + 1
     torch.testing.assert_close(out.std, whole.std, rtol=0.02, atol=0.02 * float(whole.std.mean()))

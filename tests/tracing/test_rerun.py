@@ -49,19 +49,6 @@ def nested(generator):
     return lambda: inner()
 
 
-OF_THE_MODULE = None
-
-
-def named():
-    return drawn(OF_THE_MODULE)
-
-
-def named_globally(generator):
-    global OF_THE_MODULE
-    OF_THE_MODULE = generator
-    return lambda: named()
-
-
 def decorated(generator):
     inner = closure(generator)
 
@@ -92,7 +79,6 @@ WAYS = {
     "partial": lambda g: (functools.partial(drawn, g), (), {}),
     "callable-object": lambda g: (Holder(g), (), {}),
     "method": lambda g: (Holder(g).sample, (), {}),
-    "global": lambda g: (named_globally(g), (), {}),
     "noise-sampler": lambda g: (lambda sampler: sampler(), (closure(g),), {}),
 }
 
