@@ -11,12 +11,12 @@ draws each summed N·M scores, whose covariance is N M² (A + B/M), and with T =
     A + B/M  ≈  T − (1/m − 1/M) B̂,      Â = T − B̂/m,      1/m the mean of the 1/m_i
 
 without bias. About their mean and not about 0: at the minimum of the loss ḡ vanishes, and what a network that is not quite
-there has left to go is the same in every refit. For M ≤ m this is a sum of squares, and for M = m the plain sandwich. For M > m
-it is Â + B̂/M, and Â, a difference, is indefinite: then it is projected onto the positive semidefinite matrices, in the span of
-the scores and in the metric of the features, so that no units matter (Amemiya 1985); and scaled to the mean predictive variance
-that it had. What a projection cuts is one side of a noise around 0, and without the scale every variance is too large: on the
-shipped model, 400 images, m = 4 and M = 8.5, by 40 %. (To project the sum and not Â is as good in size and has more noise.)
-Where that mean is below 0, A is 0.
+there has left to go is the same in every refit (the empirical Fisher is by its definition about 0). For M ≤ m this is a sum of
+squares, and for M = m the plain sandwich. For M > m it is Â + B̂/M, and Â, a difference, is indefinite: then it is projected
+onto the positive semidefinite matrices, in the span of the scores and in the metric of the features, so that no units matter
+(Amemiya 1985); and scaled to the mean predictive variance that it had. What a projection cuts is one side of a noise around 0,
+and without the scale every variance is too large: on the shipped model, 400 images, m = 4 and M = 8.5, by 40 %. (To project the
+sum and not Â is as good in size and has more noise.) Where that mean is below 0, A is 0.
 """
 
 from __future__ import annotations
