@@ -79,18 +79,20 @@ def gallery(of: Subject, steps: int, seeds: int) -> dict[str, Any]:
         of.sampler(told, steps, callback_on_step_end=seen)(of.noise(len(told), 500 + s))
     spread = torch.stack([torch.stack(o).std(0) for o in others])
     weights = torch.stack([g.variance.clamp(min=0).sqrt() for g in output.trajectory])
+    # Of pure noise a flow's denoising spread is not known.
+    known = [m if bool(m.isfinite().all()) else None for m in output.denoising_std]
     rows = [
         {
-            "step": n + 1, "weights": float(weights[n].mean()), "denoising": float(output.denoising_std[n].mean()),
+            "step": n + 1, "weights": float(weights[n].mean()), "denoising": None if m is None else float(m.mean()),
             "seeds": float(spread[n].mean()),
         }
-        for n in range(steps)
+        for n, m in enumerate(known)
     ]  # fmt: skip
     return {
         "rows": rows,
         "images": output.images,
         "weights": weights,
-        "denoising": output.denoising_std,
+        "denoising": [torch.zeros_like(weights[0]) if m is None else m for m in known],
         "seeds": spread,
     }
 
@@ -155,7 +157,8 @@ def plot(along: dict[str, Any], total: dict[str, Any]) -> Figure:
         axes[1, column].set_title(f"after step {n + 1}", fontsize=8)
     for row, name in enumerate(names, 1):
         axes[row, 0].set_ylabel(f"{name} (std)", fontsize=8)
-        axes[row, -1].plot([r["step"] for r in along["rows"]], [r[name] for r in along["rows"]])
+        told = [(r["step"], r[name]) for r in along["rows"] if r[name] is not None]
+        axes[row, -1].plot(*zip(*told, strict=True))
         axes[row, -1].set(yscale="log", title="mean along the steps" if row == 1 else "")
         axes[row, -1].tick_params(labelsize=6)
     first[-1].imshow(picture_of(along["images"][0]), cmap="gray", vmin=0, vmax=1)
