@@ -159,8 +159,9 @@ def plot(along: dict[str, Any], total: dict[str, Any]) -> Figure:
         axes[row, 0].set_ylabel(f"{name} (std)", fontsize=8)
         told = [(r["step"], r[name]) for r in along["rows"] if r[name] is not None]
         axes[row, -1].plot(*zip(*told, strict=True))
-        axes[row, -1].set(yscale="log", title="mean along the steps" if row == 1 else "")
-        axes[row, -1].tick_params(labelsize=6)
+        axes[row, -1].set(yscale="log")
+        axes[row, -1].set_title("mean along the steps" if row == 1 else "", fontsize=8)
+        axes[row, -1].tick_params(labelsize=6, which="both")
     first[-1].imshow(picture_of(along["images"][0]), cmap="gray", vmin=0, vmax=1)
     first[-1].set_title("the image", fontsize=8)
     mean, within, between = total["maps"]
