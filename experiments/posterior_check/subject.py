@@ -41,7 +41,7 @@ class Only:
 
 def put(head: Head, weight: Tensor) -> None:
     """Write C × D weights, bias last, into the head's layer."""
-    layer = head.layer
+    layer: Any = head.layer
     number = head.geometry.num_weights
     with torch.no_grad():
         layer.weight.copy_(weight[:, :number].view(layer.weight.shape))

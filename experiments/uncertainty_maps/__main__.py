@@ -133,8 +133,8 @@ def total_variance(of: Subject, steps: int, seeds: int, draws: int, count: int) 
     unbiased = within * draws / (draws - 1)
     found = agreement(tangents[..., half:, :].sqrt(), unbiased.sqrt())
     error = (grid.mean((0, 1)) - pixels.double())[..., half:, :].square()
-    truth = {"mean squared error of the mean": float(error.mean()), "mean total variance": whole}
-    return {"rows": rows, "tangents": {**found, **truth}, "maps": (grid.mean((0, 1)), within, between), "held": held}
+    sizes = {"mean squared error of the mean": float(error.mean()), "mean total variance": whole}
+    return {"rows": rows, "tangents": {**found, **sizes}, "maps": (grid.mean((0, 1)), within, between), "held": held}
 
 
 def plot(along: dict[str, Any], total: dict[str, Any]) -> Figure:

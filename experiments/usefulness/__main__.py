@@ -64,9 +64,10 @@ def main(
     """Run some parts, and write them beside those that were run before."""
     folder = results_folder("usefulness", out)
     chosen, models = only or list(PARTS), model or list(MODELS)
-    for name, known, option in [*((n, PARTS, "--only") for n in chosen), *((m, MODELS, "--model") for m in models)]:
-        if name not in known:
-            raise typer.BadParameter(f"expected one of {', '.join(known)}, got {name!r}", param_hint=option)
+    for option, names, known in (("--only", chosen, list(PARTS)), ("--model", models, list(MODELS))):
+        for name in names:
+            if name not in known:
+                raise typer.BadParameter(f"expected one of {', '.join(known)}, got {name!r}", param_hint=option)
     path = folder / "results.json"
     before = json.loads(path.read_text()) if path.exists() else {"results": {}, "settings": {}}
     results, settings = dict(before["results"]), dict(before["settings"])

@@ -102,7 +102,7 @@ class Subject:
 
     def noise(self, count: int, seed: int) -> Tensor:
         """To start from."""
-        size = self.network.config
+        size: Any = self.network.config
         return torch.randn(count, size.in_channels, size.sample_size, size.sample_size, generator=seeded(seed))
 
     def sampler(

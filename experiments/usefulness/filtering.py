@@ -146,5 +146,6 @@ def samples(subject: Subject, model: nn.Module, size: Size, seed: int, methods: 
             scores["BayesDiff: total variance"] = theirs.variance.flatten(1).sum(1)
         parts.append((output.output[:, count:], scores))
     features, all_scores = together(parts)
-    wrong = None if text else model.last(features).argmax(1) != torch.tensor(told)
+    last: Any = getattr(model, "last", None)
+    wrong = None if text else last(features).argmax(1) != torch.tensor(told)
     return features, wrong, all_scores
