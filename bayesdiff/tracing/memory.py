@@ -18,7 +18,7 @@ LARGE = 2**23
 #: So many bytes are kept for the next step.
 HELD = 2**27
 #: Of small tensors: after so many network calls of a run, what goes beyond so many bytes is given back.
-CALLS, LEFT = 32, 2**25
+CALLS, LEFT = 32, 2**23
 #: Where Linux says how many pages are resident, its second number.
 RESIDENT = Path("/proc/self/statm")
 
