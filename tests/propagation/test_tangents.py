@@ -135,7 +135,7 @@ def test_the_plan_is_told_of_noise_and_stages(small):
     seen = []
 
     def spy(places, *args, **kwargs):
-        seen.append(args[-2:])
+        seen.append(args[-3:])
         return plan(places, *args, **kwargs)
 
     pipe, posterior = small
@@ -145,7 +145,7 @@ def test_the_plan_is_told_of_noise_and_stages(small):
             up(0, num_inference_steps=4, eta=eta, generator=torch.Generator().manual_seed(0))
         heun = cases.class_pipeline(diffusers.HeunDiscreteScheduler())
         bd.UncertaintyPipeline(heun, posterior, propagation=bd.Tangents(draws=2))(0, num_inference_steps=4)
-    assert seen == [(1, False), (1, True), (2, False)]
+    assert seen == [(1, False, 1), (1, True, 1), (2, False, 1)]  # the first call is at pure noise
 
 
 @pytest.mark.parametrize("sequential", [False, True])
