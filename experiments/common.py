@@ -5,11 +5,13 @@ from __future__ import annotations
 import functools
 import shlex
 import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 import bayesdiff
 from bayesdiff.checks import check_output_folder
@@ -38,7 +40,50 @@ def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-@functools.cache
+@dataclass(frozen=True)
+class Only:
+    """The density of a few timesteps, each as often: what a distilled network was trained on.
+
+    Args:
+        timesteps: Whole numbers.
+        total: T.
+    """
+
+    timesteps: tuple[int, ...]
+    total: int
+
+    def __call__(self, generator: Generator, n: int) -> Tensor:
+        which = torch.randint(len(self.timesteps), (n,), generator=generator)
+        return (torch.tensor(self.timesteps, dtype=torch.float64)[which] + 0.5) / self.total  # rounded down again
+
+
+@dataclass(frozen=True)
+class Trained:
+    """How a model of the zoo was trained, beyond the defaults of :func:`bayesdiff.fit`.
+
+    Args:
+        given: Keywords of every call of the pipeline.
+        density: Of t.
+        timesteps: The few that it knows; none where it knows all.
+    """
+
+    given: Mapping[str, Any] = field(default_factory=dict)
+    density: Any = "uniform"
+    timesteps: tuple[int, ...] = ()
+
+    @classmethod
+    def on(cls, *timesteps: int) -> Trained:
+        """On a few timesteps."""
+        return cls(density=Only(timesteps, 1000), timesteps=timesteps)
+
+
+#: The transformer takes any number of empty T5 tokens; of the student's four steps see its card.
+TRAINED = {
+    "fashion-ddpm": Trained(), "fashion-4step": Trained.on(249, 499, 749, 999), "earth-sd": Trained(),
+    "earth-sd3": Trained({"max_sequence_length": 24}, "logit-normal"),
+}  # fmt: skip
+
+
 @functools.cache
 def fitted(seed: int) -> bayesdiff.LaplacePosterior:
     """A posterior of the shipped model, which does not depend on the scheduler.

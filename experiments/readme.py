@@ -11,14 +11,16 @@ from typing import Any
 
 from bayesdiff.propagation.settings import Tangents
 from experiments.pages import NOT_RUN, markdown, read, written
+from experiments.posterior_check.__main__ import folder_name
 
 PAGES = (Path("README.md"), Path("docs/propagation.md"), Path("docs/design.md"))
 MODELS = ("fashion-ddpm", "fashion-4step", "earth-sd", "earth-sd3")
 #: Posterior checks: what they are called, and their folders.
 CHECKS = {
-    "`fashion-ddpm`": "fashion-ddpm", "the same, L1": "l1", "`fashion-4step`": "fashion-4step",
-    "the same, its head at the minimum": "fashion-4step-settled", "`earth-sd`": "earth-sd", "`earth-sd3`": "earth-sd3",
-    "the same, m = 24": "earth-sd3-24-draws",
+    "`fashion-ddpm`": folder_name("fashion-ddpm"), "the same, L1": folder_name("fashion-ddpm", "l1", draws=8),
+    "`fashion-4step`": folder_name("fashion-4step"),
+    "the same, its head at the minimum": folder_name("fashion-4step", settle=True), "`earth-sd`": folder_name("earth-sd"),
+    "`earth-sd3`": folder_name("earth-sd3"), "the same, m = 24": folder_name("earth-sd3", draws=24),
 }  # fmt: skip
 #: What is shown of a posterior check, and how it is called.
 POSTERIORS = {
@@ -76,8 +78,8 @@ def span(values: list[float], digits: int) -> str:
 def refits(_: str) -> str:
     """Of one step: the sandwich that is told M, and the plain GGN, against refits; the worst and best timestep."""
     lines = []
-    for label, name in CHECKS.items():
-        found = read(folder_of(name))
+    for label, folder in CHECKS.items():
+        found = read(folder)
         if found is None:
             continue
         rows = {n: [r for r in found["results"]["agreement"] if r["posterior"] == n] for n in ("M is told", "ggn")}
@@ -101,14 +103,9 @@ def refits(_: str) -> str:
     return markdown(head, lines) if lines else NOT_RUN
 
 
-def folder_of(name: str) -> str:
-    """Of a posterior check: a model, or what its folder says beside."""
-    return "_".join(["posterior_check", *([] if name == "fashion-ddpm" else [name.replace("-", "_")])])
-
-
-def judged(name: str) -> str:
+def judged(folder: str) -> str:
     """Of one run of ``posterior_check``: posteriors × timesteps, with what was run."""
-    found = read(folder_of(name))
+    found = read(folder)
     if found is None:
         return NOT_RUN
     settings, results = found["settings"], found["results"]
@@ -153,6 +150,29 @@ def maps(_: str) -> str:
     return markdown(head.split(","), lines) if lines else NOT_RUN
 
 
+def retrained(_: str) -> str:
+    """At the sample: the default's share of the variance of networks trained anew, and how well its map agrees with theirs."""
+    lines = []
+    for problem, label in (("sines", "sines: MLP"), ("fashion", "Fashion-MNIST, trained shortly: U-Net")):
+        found = read(f"retraining/{problem}")
+        if found is None:
+            continue
+        own = {r["method"]: r for r in found["results"]["agreement"] if r["place"] == "sample"}
+        row, halves = own["sandwich"], own["half of the networks against the others"]
+        digits = 2 if row["ratio"] > 0.01 else 4
+        lines.append([
+            f"{label} of {found['settings']['weights']:,} weights", f"{row['ratio']:.{digits}f} ± {row['ratio_se']:.{digits}f}",
+            f"{row['log_correlation']:.2f} ± {row['log_correlation_se']:.2f}", f"{halves['log_correlation']:.2f}",
+        ])  # fmt: skip
+    head = [
+        "",
+        "variance: head / networks trained anew",
+        "log-correlation of the maps",
+        "half of the networks against the other half",
+    ]
+    return markdown(head, lines) if lines else NOT_RUN
+
+
 def cost(_: str) -> str:
     """Time beyond the network calls, and memory beyond the image alone."""
     lines = []
@@ -173,7 +193,15 @@ def cost(_: str) -> str:
     return markdown(head.split(","), lines) if lines else NOT_RUN
 
 
-TABLES = {"accuracy": accuracy, "samplers": samplers, "refits": refits, "judged": judged, "maps": maps, "cost": cost}
+TABLES = {
+    "accuracy": accuracy,
+    "samplers": samplers,
+    "refits": refits,
+    "judged": judged,
+    "maps": maps,
+    "cost": cost,
+    "retrained": retrained,
+}
 
 
 if __name__ == "__main__":

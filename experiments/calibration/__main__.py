@@ -22,8 +22,7 @@ import bayesdiff
 from bayesdiff.calibration.report import DEFAULT, Report
 from bayesdiff.diffusion.density import Density, as_density
 from bayesdiff.io import write_figure
-from experiments.common import command, record, results_folder, table
-from experiments.posterior_check.subject import Only
+from experiments.common import Only, command, record, results_folder, table
 
 #: Points of coverage that a level may be off.
 BARS = {0.5: 4.0, 0.8: 2.0, 0.9: 2.0, 0.95: 2.0}

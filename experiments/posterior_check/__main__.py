@@ -36,9 +36,9 @@ from bayesdiff.diffusion.weighting import Weighting, as_weighting
 from bayesdiff.io import write_figure
 from bayesdiff.laplace.loss import Loss, Squares, as_loss
 from bayesdiff.laplace.training import choose_draws
-from experiments.common import agreement, command, record, results_folder, table
+from experiments.common import Only, agreement, command, record, results_folder, table
 from experiments.posterior_check.refits import least_squares, m_estimates, resample
-from experiments.posterior_check.subject import Only, Subject, put
+from experiments.posterior_check.subject import Subject, put
 
 TIMESTEPS = (20, 100, 250, 500, 750, 950)
 SHOWN = "M is told"
@@ -124,12 +124,26 @@ def plot(
     return figure
 
 
-def folder_name(model: str, loss: str = "squares", loss_weights: str = "uniform", density: str = "uniform") -> str:
-    """Where a run's results go: one for each model (of its own density), and each other loss, weighting, density."""
+def folder_name(
+    model: str, loss: str = "squares", loss_weights: str = "uniform", density: str = "uniform", *, settle: bool = False,
+    draws: int = 0,
+) -> str:  # fmt: skip
+    """Where a run's results go: one for each model (of its own density), each other loss, weighting, density, and so on.
+
+    Args:
+        model: In the zoo.
+        loss: Its name.
+        loss_weights: Their name.
+        density: Of t.
+        settle: Whether the head is put at the minimum first; under another loss than the model's own it always is.
+        draws: m, where it is not the default.
+    """
     density = "uniform" if model != "fashion-ddpm" else density
     usual = ("fashion-ddpm", "squares", "uniform", "uniform")
     parts = [v for v, u in zip((model, loss, loss_weights, density), usual, strict=True) if v != u]
-    return "_".join(["posterior_check", *parts]).replace("-", "_")
+    parts += ["settled"] if settle and (loss, loss_weights, density) == usual[1:] else []
+    parts += [f"{draws} draws"] if draws else []
+    return "_".join(["posterior_check", *parts]).replace("-", "_").replace(" ", "_")
 
 
 def main(
@@ -153,14 +167,16 @@ def main(
     out: Annotated[Path | None, typer.Option(help="Folder of the results.")] = None,
 ) -> None:
     """Compare the posterior's predictive variance with refits of the head."""
-    folder = results_folder(folder_name(model, loss, loss_weights, density), out)
     started = time.perf_counter()
     pipe, data = bayesdiff.zoo.load(model)
     heldout = data.heldout
     if heldout is None:
         raise RuntimeError("expected a model with held-out data")
     training_draws = training_draws or round(data.training_draws or 1)
-    draws = draws or max(2, choose_draws(None, training_draws))  # one does not tell A from B
+    usual = max(2, choose_draws(None, training_draws))  # one does not tell A from B
+    other = 0 if draws in (0, usual) else draws
+    folder = results_folder(folder_name(model, loss, loss_weights, density, settle=settle, draws=other), out)
+    draws = draws or usual
     number = images or data.num_images
     index = torch.randperm(data.num_images, generator=torch.Generator().manual_seed(seed))[:number].sort().values
     data = data.subset(index)

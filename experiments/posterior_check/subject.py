@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
 from bayesdiff.diffusion.density import Density
 from bayesdiff.diffusion.noising import draw, noised
@@ -20,23 +19,6 @@ from bayesdiff.rng import item_generator
 
 #: Rows in a network call, and images in one of the encoder.
 BATCH = 50
-
-
-@dataclass(frozen=True)
-class Only:
-    """The density of a few timesteps, each as often: what a distilled network was trained on.
-
-    Args:
-        timesteps: Whole numbers.
-        total: T.
-    """
-
-    timesteps: tuple[int, ...]
-    total: int
-
-    def __call__(self, generator: Generator, n: int) -> Tensor:
-        which = torch.randint(len(self.timesteps), (n,), generator=generator)
-        return (torch.tensor(self.timesteps, dtype=torch.float64)[which] + 0.5) / self.total  # rounded down again
 
 
 def put(head: Head, weight: Tensor) -> None:

@@ -64,7 +64,7 @@ def gallery(of: Subject, steps: int, seeds: int) -> dict[str, Any]:
     """Std maps of the three kinds after each step, in the network's units (pixels from −1 to 1, or latents)."""
     text = "prompts" in of.data
     told = list(dict.fromkeys(of.data.heldout.prompts))[: len(SHOWN)] if text else of.pipe.class_indices(SHOWN)
-    keywords = {"num_inference_steps": steps, "guidance_scale": 1.0, **of.given}
+    keywords = {"num_inference_steps": steps, "guidance_scale": 1.0, **of.trained.given}
     run = bayesdiff.UncertaintyPipeline(of.pipe, of.posterior, propagation=bayesdiff.Tangents(trajectory=True))
     output = run(told, generator=[seeded(i) for i in range(len(told))], output_type="pt", **keywords)
     assert output.trajectory is not None

@@ -19,8 +19,7 @@ from torch.nn import functional as F
 
 import bayesdiff
 from bayesdiff.head.find import denoiser
-from experiments.common import seeded
-from experiments.posterior_check.subject import Only
+from experiments.common import TRAINED, Trained, seeded
 
 SHOWN = ("sandwich", "GGN", "diagonal EF")
 
@@ -70,16 +69,14 @@ class Subject:
         pipe: Its pipeline.
         data: Its images.
         posterior: Of its head.
-        given: Keywords of every call.
-        few: The timesteps that it was trained at, if those are a few.
+        trained: How it was.
     """
 
     name: str
     pipe: Any
     data: Any
     posterior: bayesdiff.LaplacePosterior
-    given: dict[str, Any]
-    few: tuple[int, ...]
+    trained: Trained
 
     @property
     def network(self) -> torch.nn.Module:
@@ -89,11 +86,11 @@ class Subject:
     @property
     def timesteps(self) -> tuple[int, ...]:
         """Those of a training step that are looked at."""
-        return self.few[:3] or (100, 300, 600)
+        return self.trained.timesteps[:3] or (100, 300, 600)
 
     def steps(self, usual: int) -> int:
         """Of its sampler, where others take ``usual``."""
-        return len(self.few) or usual
+        return len(self.trained.timesteps) or usual
 
     def told(self, data: Any, rows: Tensor | slice) -> list[Any]:
         """Prompts or classes of some rows."""
@@ -110,7 +107,7 @@ class Subject:
     ) -> Callable[[Tensor], Tensor]:
         """A function of the noise: images in 0–1, before they are clamped. It has the pipeline in its closure."""
         pipe, vae = self.pipe, getattr(self.pipe, "vae", None)
-        keywords = {"num_inference_steps": steps, "guidance_scale": guidance, **self.given, **keywords}
+        keywords = {"num_inference_steps": steps, "guidance_scale": guidance, **self.trained.given, **keywords}
 
         def sample(noise: Tensor) -> Tensor:
             z = pipe(told, latents=noise, output_type="latent", **keywords).images
@@ -136,14 +133,12 @@ def subject(name: str, fit: int) -> Subject:
     pipe, data = bayesdiff.zoo.load(name)
     pipe.set_progress_bar_config(disable=True)
     some = data.subset(slice(None, None, max(1, data.num_images // fit)))
-    flow, few = hasattr(pipe, "transformer"), (249, 499, 749, 999) if name == "fashion-4step" else ()
-    given = {"max_sequence_length": 24} if flow else {}
-    density: Any = "logit-normal" if flow else "uniform"
+    trained = TRAINED[name]
     posterior = bayesdiff.fit(
-        pipe, some, dataset_size=data.dataset_size, training_draws=data.training_draws, encode="mean", pipe_kwargs=given,
-        timestep_density=Only(few, 1000) if few else density, generator=seeded(0), progress=False,
+        pipe, some, dataset_size=data.dataset_size, training_draws=data.training_draws, encode="mean",
+        pipe_kwargs=trained.given, timestep_density=trained.density, generator=seeded(0), progress=False,
     )  # fmt: skip
-    return Subject(name, pipe, data, posterior, given, few)
+    return Subject(name, pipe, data, posterior, trained)
 
 
 def posteriors(posterior: bayesdiff.LaplacePosterior) -> dict[str, bayesdiff.LaplacePosterior]:

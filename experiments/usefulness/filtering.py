@@ -141,7 +141,7 @@ def samples(subject: Subject, model: nn.Module, size: Size, seed: int, methods: 
             )
             theirs = run(
                 asked, latents=noise, num_inference_steps=steps, guidance_scale=3.0 if text else 1.0, output_type="latent",
-                **subject.given,
+                **subject.trained.given,
             )  # fmt: skip
             scores["BayesDiff: total variance"] = theirs.variance.flatten(1).sum(1)
         parts.append((output.output[:, count:], scores))

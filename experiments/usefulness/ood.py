@@ -112,7 +112,7 @@ def of_prompts(subject: Subject, folders: Folders, size: Size) -> list[dict[str,
             for rows in torch.arange(len(images)).split(25):
                 step = bayesdiff.features(
                     subject.pipe, images[rows], [prompts[i] for i in rows.tolist()], timesteps=[t] * len(rows), encode="mean",
-                    pipe_kwargs=subject.given, generator=seeded(t + int(rows[0])),
+                    pipe_kwargs=subject.trained.given, generator=seeded(t + int(rows[0])),
                 )  # fmt: skip
                 add(found, t, step.residual, step.inputs, judged)
             out |= {k: torch.cat(v) for k, v in found.items()}

@@ -43,7 +43,7 @@ def run(subject: Subject, folders: Folders, size: Size) -> list[dict[str, Any]]:
         for seed in range(min(3, size.seeds)):
             output = bayesdiff.UncertaintyPipeline(subject.pipe, subject.posterior, propagation=propagation)(
                 prompts, num_inference_steps=size.steps, guidance_scale=3.0, output_type="pt",
-                generator=[seeded(100 * seed + i) for i in range(len(prompts))], **subject.given,
+                generator=[seeded(100 * seed + i) for i in range(len(prompts))], **subject.trained.given,
             )  # fmt: skip
             images = torch.as_tensor(output.images).float()
             assert output.latents is not None

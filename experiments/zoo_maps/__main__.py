@@ -9,10 +9,8 @@ of the tangents; the ensemble's two halves, compared with each other, say what a
 
 from __future__ import annotations
 
-import copy
 import textwrap
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,7 +23,7 @@ from torch import Tensor
 
 import bayesdiff
 from bayesdiff.io import write_figure
-from experiments.common import agreement, command, record, results_folder, seeded, table
+from experiments.common import TRAINED, agreement, command, record, results_folder, seeded, table
 
 PROMPTS = {
     "earth-sd": (
@@ -51,20 +49,18 @@ def main(
     folder = results_folder(f"zoo_maps/{model}", out)
     pipe, data = bayesdiff.zoo.load(model)
     text = model.startswith("earth")
-    prompts, steps = list(PROMPTS[model]), steps or (25 if text else 4)
+    trained, prompts = TRAINED[model], list(PROMPTS[model])
+    steps = steps or len(trained.timesteps) or 25
     chosen = data.subset(slice(images))
-    # As each was trained: the earth models on means of the encoder; the transformer takes any number of empty T5 tokens.
-    given: dict[str, Any] = {"max_sequence_length": 24} if model == "earth-sd3" else {}
-    density: Any = ("logit-normal" if model == "earth-sd3" else "uniform") if text else few(pipe, steps)
     posterior = bayesdiff.fit(
         pipe, chosen, dataset_size=data.dataset_size, training_draws=data.training_draws, encode="mean",
-        pipe_kwargs=given, timestep_density=density, generator=seeded(seed),
+        pipe_kwargs=trained.given, timestep_density=trained.density, generator=seeded(seed),
     )  # fmt: skip
     print(posterior, flush=True)
 
     def made(propagation: Any) -> tuple[bayesdiff.UncertaintyOutput, float]:
         clock = time.perf_counter()
-        keywords = {"guidance_scale": guidance, **given} if text else {}
+        keywords = {"guidance_scale": guidance, **trained.given} if text else {}
         output = bayesdiff.UncertaintyPipeline(pipe, posterior, propagation=propagation)(
             prompts, num_inference_steps=steps, output_type="pt",
             generator=[seeded(1000 + seed + i) for i in range(len(prompts))], **keywords,
@@ -106,14 +102,6 @@ def main(
     }  # fmt: skip
     record(folder, settings, rows)
     print(f"Written to {folder}")
-
-
-def few(pipe: Any, steps: int) -> Callable[[torch.Generator, int], Tensor]:
-    """The timesteps that a model of few steps was trained at, all as often."""
-    scheduler = copy.deepcopy(pipe.scheduler)
-    scheduler.set_timesteps(steps)
-    shares = (scheduler.timesteps + 0.5) / scheduler.config.num_train_timesteps
-    return lambda generator, n: shares[torch.randint(len(shares), (n,), generator=generator)]
 
 
 def judged(maps: list[Tensor], against: Tensor) -> dict[str, float]:

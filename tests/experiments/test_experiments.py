@@ -76,6 +76,8 @@ def test_no_two_checks_share_a_folder():
     assert name("fashion-ddpm", "l1") == "posterior_check_l1"
     assert name("fashion-ddpm", density="logit-normal") == "posterior_check_logit_normal"
     assert name("fashion-ddpm", loss_weights="noise") == "posterior_check_noise"
+    assert name("fashion-4step", settle=True) == "posterior_check_fashion_4step_settled"
+    assert name("fashion-ddpm", "l1", settle=True, draws=8) == "posterior_check_l1_8_draws"
 
 
 def test_posterior_check_at_the_timesteps_of_a_distilled_model(tmp_path):

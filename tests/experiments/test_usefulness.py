@@ -88,7 +88,7 @@ def test_what_is_known_stays(name, block, task):
     truth = subject.clean(heldout.images[:2])
     made = subject.pipe(
         subject.told(heldout, slice(2)), latents=subject.noise(2, 0), num_inference_steps=2, guidance_scale=1.0,
-        output_type="latent", callback_on_step_end=restoration.keeper(subject, task, truth, 0), **subject.given,
+        output_type="latent", callback_on_step_end=restoration.keeper(subject, task, truth, 0), **subject.trained.given,
     ).images  # fmt: skip
     half = truth.shape[-1] // 2
     if task == "inpainting":
