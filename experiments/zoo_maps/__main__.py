@@ -83,7 +83,7 @@ def main(
             {
                 "method": name, **judged([o.std for o in outputs], reference.std),
                 "calls_ratio": outputs[0].calls / outputs[0].plain_calls, "decoder_calls": outputs[0].other_calls,
-                "decoder_residual": max(o.decoder_residual for o in outputs),
+                "decoder_residual": max((o.decoder_residual for o in outputs if o.other_calls), default=None),
                 "seconds": sum(s for _, s in runs) / repeats,
             }
         )  # fmt: skip

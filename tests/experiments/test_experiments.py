@@ -26,6 +26,7 @@ from experiments.posterior_check.refits import least_squares, m_estimates, resam
 from experiments.propagation import __main__ as propagation
 from experiments.propagation import references
 from experiments.refresh_check import __main__ as refresh_check
+from experiments.zoo_maps import __main__ as zoo_maps
 from tests import cases
 from tests.fitting.test_by_pipe import MADE, RECIPES, data_of, double
 
@@ -319,3 +320,15 @@ def test_draws_check(tmp_path, monkeypatch, small_posterior):
     assert (independent["orthogonal"], orthogonal["orthogonal"]) == (False, True)
     assert orthogonal["theory"] < independent["theory"] == pytest.approx((2 / 40) ** 0.5)
     assert orthogonal["variance_error"] < 3 * orthogonal["theory"]
+
+
+@pytest.mark.filterwarnings("ignore:A, the covariance of the scores")
+def test_maps_of_a_model_without_a_decoder(tmp_path):
+    """What a decoder would say is none, not NaN."""
+    zoo_maps.main(model="fashion-4step", members=4, images=16, repeats=1, out=tmp_path)
+    halves, default, fewer = json.loads((tmp_path / "results.json").read_text())["results"]
+    assert default["decoder_residual"] is None
+    assert default["decoder_calls"] == fewer["decoder_calls"] == 0
+    assert default["calls_ratio"] < 4
+    assert -1 < halves["correlation"] < 1
+    assert 0.5 < default["correlation"] < 1
