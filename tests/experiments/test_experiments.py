@@ -13,7 +13,7 @@ from bayesdiff.head.geometry import HeadGeometry
 from bayesdiff.head.sums import outer_products
 from bayesdiff.io import environment
 from bayesdiff.laplace.loss import L1, Huber
-from experiments.common import agreement, record, results_folder, table
+from experiments.common import Only, agreement, record, results_folder, table
 from experiments.draws_check import __main__ as draws_check
 from experiments.fit_overhead import __main__ as fit_overhead
 from experiments.guidance_check import __main__ as guidance_check
@@ -91,7 +91,7 @@ def test_posterior_check_at_the_timesteps_of_a_distilled_model(tmp_path):
 
 
 def test_only_these_timesteps_are_drawn():
-    only = judged.Only((249, 499, 749, 999), 1000)
+    only = Only((249, 499, 749, 999), 1000)
     t, _ = draw(cases.scheduler(num_train_timesteps=1000), (1,), 0, 0, 40, 2, only)
     assert t.unique().tolist() == [249, 499, 749, 999]
 
