@@ -10,7 +10,8 @@ from torch import Tensor
 from bayesdiff.checks import UnsupportedPipelineError
 from bayesdiff.propagation.coordinates import Coordinates
 from bayesdiff.propagation.entered import Entered, Match
-from bayesdiff.propagation.responder import Branches, Responder
+from bayesdiff.propagation.measured import Branches
+from bayesdiff.propagation.responder import Responder
 
 #: What errors make of the map is followed along no more draws than these.
 FOLLOWED = 32

@@ -11,109 +11,22 @@ Each branch has its own response within the directions, and the combination's ou
 
 from __future__ import annotations
 
-import bisect
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from bayesdiff.propagation.errors import Errors, between, outside
+from bayesdiff.propagation.measured import Branches, Measured
 from bayesdiff.propagation.plan import Plan
 from bayesdiff.propagation.response import Directions, Response, smoothed
 from bayesdiff.propagation.span import Span
 
+#: Measurements do not know of each other where this makes the squared error of predicting one from the others so much smaller.
+CLEARLY = 0.5
 #: Vectors whose numbers are fewer than so many times the vectors are worked on as they are.
 SHORTER = 4
-
-
-@dataclass(frozen=True)
-class Branches:
-    """Which rows of a call are branches of which sample.
-
-    Args:
-        rows: ``(B, M)``, row numbers.
-        weights: w, ``(B, M)`` float64, summing to 1.
-        share: Of the whole call in what the scheduler is given, ``(B,)`` float64; other calls may have the rest.
-    """
-
-    rows: Tensor
-    weights: Tensor
-    share: Tensor
-
-    @classmethod
-    def alone(cls, number: int) -> Branches:
-        """Each row a sample of its own."""
-        ones = torch.ones(number, dtype=torch.float64)
-        return cls(torch.arange(number)[:, None], ones[:, None], ones)
-
-    def first(self, rows: Tensor) -> Tensor:
-        """One row of each sample, ``(B, …)`` of ``(R, …)``."""
-        return rows if self.rows.shape[1] == 1 and len(self.rows) == len(rows) else rows[self.rows[:, 0]]
-
-    def combine(self, rows: Tensor) -> Tensor:
-        """Σ_m w_m of the rows of each sample, ``(B, …)`` of ``(R, …)``."""
-        if self.rows.shape[1] == 1:
-            return self.first(rows)
-        w = self.weights.to(rows.device, rows.dtype)
-        return torch.einsum("bm,bm...->b...", w, rows[self.rows])
-
-    def spread(self, samples: Tensor) -> Tensor:
-        """What belongs to each sample to all its rows, ``(R, …)`` of ``(B, …)``."""
-        if self.rows.shape[1] == 1 and torch.equal(self.rows[:, 0], torch.arange(len(samples))):
-            return samples
-        out = samples.new_empty(self.rows.numel(), *samples.shape[1:])
-        out[self.rows.flatten()] = samples.repeat_interleave(self.rows.shape[1], dim=0)
-        return out
-
-
-@dataclass
-class Measured:
-    """One measurement.
-
-    Args:
-        chosen: V ``(B, p, P)`` and the length of the deviations.
-        images: The combination's JV as a denoiser's, ``(B, p, P)``; None where input and output do not match.
-        apart: What the rows' own outputs have beyond it, ``(R, p, Q)``; None where that is nothing.
-        strengths: How much of the deviations lies along each direction, along a probe all that the others leave, ``(B, p)``.
-        branches: Of the call.
-        coefficients: (a, b) of the call.
-    """
-
-    chosen: Directions
-    images: Tensor | None
-    apart: Tensor | None
-    strengths: Tensor
-    branches: Branches
-    coefficients: tuple[float, float]
-
-
-@dataclass(frozen=True)
-class Errors:
-    """Relative errors of the responses, by node, ``(B,)`` each.
-
-    Args:
-        places: Of the nodes, ascending.
-        between: Of a node's response, predicted from the others.
-        outside: Of what is extended to outside its directions.
-    """
-
-    places: tuple[float, ...]
-    between: dict[int, Tensor]
-    outside: dict[int, Tensor]
-
-    def __call__(self, n: int, place: float) -> Tensor:
-        """At call n: at a node that of the extension, in between more, halfway that of predicting a node."""
-        if n in self.outside:
-            return self.outside[n]
-        nodes = list(self.outside)
-        last = min(max(bisect.bisect_right(self.places, place), 1), len(nodes) - 1)
-        first = last - 1
-        width = self.places[last] - self.places[first]
-        share = min(max((place - self.places[first]) / width, 0.0), 1.0) if width else 0.0
-        # The other stage of a solver, at a node's place, has a response of its own.
-        far = 4 * share * (1 - share) if place not in self.places else 1.0
-        at = [(1 - share) * e[nodes[first]] + share * e[nodes[last]] for e in (self.between, self.outside)]
-        return (at[0].square() * far**2 + at[1].square()).sqrt()
 
 
 class Responder:
@@ -122,7 +35,7 @@ class Responder:
     Args:
         plan: Where they are measured.
         dtype: That they are applied in.
-        shared: Whether measurements know of each other; not so where calls lie off one smooth trajectory.
+        shared: Whether measurements may know of each other; not so where calls lie off one smooth trajectory.
         by_sample: Whether to work on each sample by itself, so that its numbers do not depend on the batch to the last bit.
     """
 
@@ -179,24 +92,39 @@ class Responder:
         return Response(chosen.directions, excess, extension, found.gain.to(self.dtype))
 
     def finish(self) -> None:
-        """All measurements are made: extend each by what the others know; from now on interpolate."""
+        """All measurements are made: extend each by what the others know, where that helps; from now on interpolate."""
         self._second = True
         nodes = [n for n, m in self.measured.items() if m.images is not None]
         if not nodes or not any(self.measured[n].chosen.probe for n in nodes):
             return
-        self._responses, self._last = {n: [] for n in nodes}, []
+        self._responses, self._last = {}, []
         batch, _, size = self.measured[nodes[0]].chosen.directions.shape
         if _worth(2 * sum(self.measured[n].chosen.directions.shape[1] for n in nodes), size):
             self._project(nodes, batch)
+        alone: dict[int, list[Response]] = {n: [] for n in nodes}
+        lent: dict[int, list[Response]] = {n: [] for n in nodes}
         for group in self.groups(batch):
             pairs = [
                 (m.chosen.part(group), m.images[group])
                 for m in (self.measured[n] for n in nodes)
                 if m.images is not None
             ]
-            found = smoothed(pairs) if self.shared and len(nodes) > 1 else (Response.fit(*pair) for pair in pairs)
-            for n, (chosen, _), response in zip(nodes, pairs, found, strict=True):
-                self._responses[n].append(response.to(self.dtype, chosen.directions))
+            for found, fits in ((alone, (Response.fit(*pair) for pair in pairs)), (lent, smoothed(pairs))):
+                if found is lent and not (self.shared and len(nodes) > 1):
+                    continue
+                for n, (chosen, _), response in zip(nodes, pairs, fits, strict=True):
+                    found[n].append(response.to(self.dtype, chosen.directions))
+        self._responses = self._better(alone, lent) if self.shared and len(nodes) > 1 else alone
+
+    def _better(self, alone: dict[int, list[Response]], lent: dict[int, list[Response]]) -> dict[int, list[Response]]:
+        """Of each sample the responses that predict each other better; those that know of each other, if it is not clear."""
+        apart, together = (torch.stack(list(self._between(found).values())).square().mean(0) for found in (alone, lent))
+        chosen = apart < CLEARLY * together
+        groups = self.groups(len(chosen))
+        return {
+            n: [a.where(chosen[g].to(a.gain.device), b) for a, b, g in zip(alone[n], lent[n], groups, strict=True)]
+            for n in alone
+        }
 
     def _project(self, nodes: list[int], batch: int) -> None:
         """From now on all algebra is done in coordinates of what was measured; the vectors themselves are not kept."""
@@ -222,49 +150,28 @@ class Responder:
         return _padded(self._spans[g].into(deltas), self._width) if self._spans else deltas
 
     def errors(self) -> Errors | None:
-        """How wrong the responses are for the deviations, as far as measurements can tell; None with fewer than two.
-
-        Each is predicted from the others: along every direction as much as lies there, along the last as much as the others
-        leave. Nothing is interpolated beyond the first and last nodes, so with three or more these are not predicted, and have
-        their neighbours' errors.
-        """
+        """How wrong the responses are for the deviations, as far as measurements can tell; None with fewer than two."""
         nodes = sorted(self._responses)
         if len(nodes) < 2:
             return None
+        places = tuple(self.plan.places[n] for n in nodes)
+        return Errors(places, self._between(self._responses), {n: outside(self.measured[n]) for n in nodes})
+
+    def _between(self, responses: dict[int, list[Response]]) -> dict[int, Tensor]:
+        """Of what the others predict of each measurement, relative, ``(B,)``.
+
+        Nothing is interpolated beyond the first and last nodes, so with three or more these are not predicted, and have
+        their neighbours' errors.
+        """
+        nodes = sorted(responses)
         inner = nodes[1:-1] or nodes
-        between = {n: self._between(n, [m for m in nodes if m != n]) for n in inner}
-        between = {n: between[min(max(n, inner[0]), inner[-1])] for n in nodes}
-        return Errors(tuple(self.plan.places[n] for n in nodes), between, {n: self._outside(n) for n in nodes})
-
-    def _between(self, n: int, others: list[int]) -> Tensor:
-        """Of what the others predict of the measurement at n, relative, ``(B,)``."""
-        m = self.measured[n]
-        assert m.images is not None
-        strengths = m.strengths.to(m.images.device, self.dtype).unsqueeze(2)
-        directions, images = m.chosen.directions.to(self.dtype), m.images.to(self.dtype)
-        weighted, wanted = directions * strengths, images / m.chosen.safe.unsqueeze(1).to(images) * strengths
-        weights = self.plan.cubic(n, others)
-        found = torch.cat([
-            Response.weighted([(w, self._responses[o][g]) for o, w in weights.items()], weighted[group])
-            for g, group in enumerate(self.groups(len(weighted)))
-        ])  # fmt: skip
-        return _ratio(found - wanted, wanted)
-
-    def _outside(self, n: int) -> Tensor:
-        """Of what the other directions at n predict of the last, in all of the measurement, ``(B,)``."""
-        m = self.measured[n]
-        assert m.images is not None
-        if not m.chosen.probe:
-            return torch.zeros(len(m.images), dtype=torch.float64)
-        directions, images = m.chosen.directions.double(), m.images.double()
-        strengths, unit = m.strengths.to(images).unsqueeze(2), images / m.chosen.safe.unsqueeze(1)
-        v, image = directions[:, -1:], unit[:, -1:]
-        others = Directions(directions[:, :-1], m.chosen.length, probe=False)
-        error = image - (image @ v.mT) @ v
-        if others.directions.shape[1]:
-            extension = Response.fit(others, images[:, :-1], None).extension
-            error = error - (v @ extension.mT) @ extension
-        return _ratio(error * strengths[:, -1:], unit * strengths)
+        groups = self.groups(len(self.measured[nodes[0]].chosen.length))
+        found = {}
+        for n in inner:
+            weights = self.plan.cubic(n, [m for m in nodes if m != n])
+            pairs = [[(w, responses[o][g]) for o, w in weights.items()] for g in range(len(groups))]
+            found[n] = between(self.measured[n], pairs, groups, self.dtype)
+        return {n: found[min(max(n, inner[0]), inner[-1])] for n in nodes}
 
     def weights(self, n: int) -> dict[int, float]:
         """Of the measurements, at call n."""
@@ -349,8 +256,3 @@ def combine(responders: list[Responder]) -> None:
 def _worth(number: int, size: int) -> bool:
     """Whether the algebra of so many vectors is less work in their span, found once, than on their own numbers."""
     return SHORTER * number < size
-
-
-def _ratio(above: Tensor, below: Tensor) -> Tensor:
-    size = below.square().sum((1, 2)).double().cpu()
-    return (above.square().sum((1, 2)).double().cpu() / torch.where(size > 0, size, 1.0)).sqrt()

@@ -137,6 +137,14 @@ class Response:
             extension = _leading(torch.cat([extension, _complement(known, directions)], dim=1), len(directions[0]))
         return cls(directions, excess, extension, gain)
 
+    def where(self, chosen: Tensor, other: Response) -> Response:
+        """This one for the chosen samples, ``(B,)``, for others another on the same directions; its extension has more rows."""
+        more = other.extension.shape[1] - self.extension.shape[1]
+        mine = (self.excess, torch.nn.functional.pad(self.extension, (0, 0, 0, more)), self.gain)
+        theirs = (other.excess, other.extension, other.gain)
+        mask = chosen.view(-1, 1, 1)
+        return Response(self.directions, *(torch.where(mask, a, b) for a, b in zip(mine, theirs, strict=True)))
+
     def to(self, dtype: torch.dtype, directions: Tensor) -> Response:
         """In another dtype, on the same directions, which are kept already."""
         return Response(directions.to(dtype), *(v.to(dtype) for v in (self.excess, self.extension, self.gain)))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bayesdiff.head.geometry import HeadGeometry
 from bayesdiff.laplace.posterior import LaplacePosterior
-from bayesdiff.propagation.responder import Branches
+from bayesdiff.propagation.measured import Branches
 from bayesdiff.tracing.boxes import Box
 from bayesdiff.tracing.network import Session
 from bayesdiff.tracing.record import Call

@@ -34,9 +34,10 @@ from bayesdiff.diffusion.tweedie import clean_variance
 from bayesdiff.propagation.coordinates import Coordinates, branch_order, scale_of
 from bayesdiff.propagation.denoising import Denoising
 from bayesdiff.propagation.entered import Entered, Match, floating
+from bayesdiff.propagation.measured import Branches, Measured
 from bayesdiff.propagation.module import Module, confirmed
 from bayesdiff.propagation.plan import plan, ranks
-from bayesdiff.propagation.responder import Branches, Measured, Responder, combine
+from bayesdiff.propagation.responder import Responder, combine
 from bayesdiff.propagation.response import Directions, reduced
 from bayesdiff.propagation.selfcheck import SelfCheck
 from bayesdiff.propagation.settings import Tangents

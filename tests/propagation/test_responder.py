@@ -10,9 +10,11 @@ import torch
 
 from bayesdiff.checks import BayesdiffWarning
 from bayesdiff.propagation import responder as responders
+from bayesdiff.propagation.errors import Errors
+from bayesdiff.propagation.measured import Branches, Measured
 from bayesdiff.propagation.module import FOLLOWED, Module
 from bayesdiff.propagation.plan import Plan
-from bayesdiff.propagation.responder import Branches, Errors, Measured, Responder
+from bayesdiff.propagation.responder import Responder
 from bayesdiff.propagation.response import EIGENVALUE_FLOOR, Directions
 from bayesdiff.propagation.settings import Tangents
 from bayesdiff.propagation.tangents import LARGE, warn

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bayesdiff.head.find import find_head
-from bayesdiff.propagation.responder import Branches
+from bayesdiff.propagation.measured import Branches
 from bayesdiff.propagation.steps import Direct, DrawnVariance, branches, step_variance
 from bayesdiff.tracing.network import Session
 from bayesdiff.tracing.rerun import Rerun

@@ -11,9 +11,9 @@ import torch
 
 import bayesdiff as bd
 from bayesdiff.propagation import responder
+from bayesdiff.propagation.measured import Branches
 from bayesdiff.propagation.module import confirmed
 from bayesdiff.propagation.plan import plan
-from bayesdiff.propagation.responder import Branches
 from bayesdiff.propagation.response import Response, smoothed
 from bayesdiff.propagation.tangents import TangentRun
 from tests import cases
