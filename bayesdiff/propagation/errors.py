@@ -1,4 +1,4 @@
-"""How wrong responses are, as far as measurements tell: each predicted from the others, its last direction from its own others."""
+"""How wrong responses are, as far as measurements tell: each predicted from the others, its last direction from its own."""
 
 from __future__ import annotations
 
