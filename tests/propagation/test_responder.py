@@ -182,3 +182,43 @@ def test_a_large_residual_is_warned_of():
         warn(torch.tensor([0.1, LARGE * 1.1]), Tangents(extra_calls=1.2))
     with pytest.warns(BayesdiffWarning, match="nan"):
         warn(torch.tensor([float("nan")]), Tangents())
+
+
+def wild(shared, by_sample):
+    """Of the first sample Jacobians change slowly, of the second from call to call; measured along few directions."""
+    generator = torch.Generator().manual_seed(5)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    responder, kept = Responder(Plan(NODES, 4, PLACES), torch.float64, shared, by_sample), draw(3, P)
+    for n in NODES:
+        roots = torch.stack([kept + 0.02 * draw(3, P), 3 * draw(3, P)])
+        jacobians = roots.mT @ roots
+        deltas = draw(2, K, P)
+        chosen = responder.choose(deltas, draw(K))
+        strengths = (deltas @ chosen.directions.mT).square().mean(1).sqrt()
+        images = chosen.directions @ jacobians.mT * chosen.safe.unsqueeze(1)
+        responder.add(n, Measured(chosen, images, None, strengths, Branches.alone(2), (0.5, 2.0)))
+    responder.finish()
+    return responder
+
+
+@pytest.mark.parametrize("by_sample", [True, False])
+def test_measurements_know_of_each_other_only_where_they_predict_each_other(monkeypatch, by_sample):
+    """Sample by sample the responses with the smaller errors, those that were lent if it is not clear."""
+    deltas = torch.randn(2, K, P, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+    def responses(shared, clearly=responders.CLEARLY):
+        monkeypatch.setattr(responders, "CLEARLY", clearly)
+        made = wild(shared, by_sample)
+        errors = torch.stack(list(made.errors().between.values())).square().mean(0)
+        return torch.stack([made.denoised(n, deltas) for n in range(12)], 1), errors
+
+    (found, error), (lent, together), (alone, apart) = responses(True), responses(True, 0.0), responses(False)
+    assert apart[0] > responders.CLEARLY * together[0]
+    assert apart[1] < responders.CLEARLY * together[1]
+    torch.testing.assert_close(found[0], lent[0])
+    torch.testing.assert_close(found[1], alone[1])
+    torch.testing.assert_close(error, torch.stack([together[0], apart[1]]))
+    assert not torch.allclose(lent, alone)
