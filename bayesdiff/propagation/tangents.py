@@ -149,7 +149,9 @@ class TangentRun:
 
     def _module(self, box: Box, n: int) -> tuple[Module, int]:
         """The responses that call n belongs to, and its number among their calls; the first that is asked for has tangents."""
-        order = self._order.setdefault(id(box), branch_order(box.calls))
+        if id(box) not in self._order:
+            self._order[id(box)] = branch_order(box.calls)
+        order = self._order[id(box)]
         branch, place = order[n]
         key = (id(box), branch)
         if key not in self._modules:
