@@ -101,20 +101,19 @@ class Responder:
         batch, _, size = self.measured[nodes[0]].chosen.directions.shape
         if _worth(2 * sum(self.measured[n].chosen.directions.shape[1] for n in nodes), size):
             self._project(nodes, batch)
-        alone: dict[int, list[Response]] = {n: [] for n in nodes}
-        lent: dict[int, list[Response]] = {n: [] for n in nodes}
+        shared = self.shared and len(nodes) > 1
+        found: list[dict[int, list[Response]]] = [{n: [] for n in nodes} for _ in range(1 + shared)]
         for group in self.groups(batch):
             pairs = [
                 (m.chosen.part(group), m.images[group])
                 for m in (self.measured[n] for n in nodes)
                 if m.images is not None
             ]
-            for found, fits in ((alone, (Response.fit(*pair) for pair in pairs)), (lent, smoothed(pairs))):
-                if found is lent and not (self.shared and len(nodes) > 1):
-                    continue
+            alone, lent = (Response.fit(*pair) for pair in pairs), smoothed(pairs)
+            for responses, fits in zip(found, (alone, lent), strict=False):
                 for n, (chosen, _), response in zip(nodes, pairs, fits, strict=True):
-                    found[n].append(response.to(self.dtype, chosen.directions))
-        self._responses = self._better(alone, lent) if self.shared and len(nodes) > 1 else alone
+                    responses[n].append(response.to(self.dtype, chosen.directions))
+        self._responses = self._better(*found) if shared else found[0]
 
     def _better(self, alone: dict[int, list[Response]], lent: dict[int, list[Response]]) -> dict[int, list[Response]]:
         """Of each sample the responses that predict each other better; those that know of each other, if it is not clear."""
