@@ -62,29 +62,35 @@ def trained(width: int, iterations: list[int], batch: int, seed: int) -> dict[in
 
 
 def errors(pipe: Any, posterior: Any, draws: int, seed: int, members: int, **call: Any) -> list[dict[str, Any]]:
-    """True errors and residuals at each budget, and the default beside an ensemble; nothing where tangents are refused."""
+    """True errors and residuals at each budget, and the default beside an ensemble; a refusal has neither."""
 
     def run(**settings: Any) -> Any:
         return made(bayesdiff.Tangents(draws=draws, generator=seeded(seed + 1000), **settings))
 
     def made(propagation: Any) -> Any:
         generators = [seeded(seed + i) for i in range(len(call["classes"]))]
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", BayesdiffWarning)
-            return bayesdiff.UncertaintyPipeline(pipe, posterior, propagation=propagation)(
-                generator=generators, output_type="pt", **call
-            )
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", BayesdiffWarning)
+                return bayesdiff.UncertaintyPipeline(pipe, posterior, propagation=propagation)(
+                    generator=generators, output_type="pt", **call
+                )
+        except UnsupportedPipelineError as error:
+            print(f"refused: {error}")
+            return None
 
     def distance(std: Tensor, exact: Tensor) -> list[float]:
         return ((std - exact).flatten(1).norm(dim=1) / exact.flatten(1).norm(dim=1)).tolist()
 
-    try:
-        exact = run(refresh=1, num_directions=draws).std
-        outputs = [(b, run(extra_calls=b)) for b in BUDGETS]
-        default = made(bayesdiff.Tangents(generator=seeded(seed + 1000)))
-    except UnsupportedPipelineError as error:
-        print(f"refused: {error}")
-        return []
+    exact = run(refresh=1, num_directions=draws)
+    outputs = [(b, run(extra_calls=b)) for b in BUDGETS] if exact is not None else []
+    rows = [{"extra_calls": b, "refused": True} if o is None else {
+        "extra_calls": b, "refused": False, "error": distance(o.std, exact.std),
+        "residual": None if o.residual is None else o.residual.tolist(),
+    } for b, o in outputs]  # fmt: skip
+    default = made(bayesdiff.Tangents(generator=seeded(seed + 1000)))
+    if default is None:
+        return [*rows, {"extra_calls": None, "refused": True}]
     reference = made(bayesdiff.Ensemble(members=members, generator=seeded(seed + 2000))).std
     few = max(2, round(default.calls / default.plain_calls) - 1)
     ensemble = made(bayesdiff.Ensemble(members=few, generator=seeded(seed + 3000)))
@@ -93,13 +99,7 @@ def errors(pipe: Any, posterior: Any, draws: int, seed: int, members: int, **cal
         "warned": [float(r) > LARGE for r in default.residual] if default.residual is not None else None,
         "members": few, "ensemble": distance(ensemble.std, reference),
     }  # fmt: skip
-    return [
-        {
-            "extra_calls": b, "error": distance(o.std, exact),
-            "residual": None if o.residual is None else o.residual.tolist(), **(against if b == BUDGETS[0] else {}),
-        }
-        for b, o in outputs
-    ]  # fmt: skip
+    return [*rows, {"extra_calls": None, "refused": False, **against}]
 
 
 def main(
@@ -138,13 +138,14 @@ def main(
             guidance_scale=scale,
         )  # fmt: skip
         rows += [{"network": name, "clip": clip, "guidance_scale": scale, **row} for row in found]
-    known = [r for r in rows if r["residual"] is not None]
+    known = [r for r in rows if r.get("residual") is not None]
     residual, error = (torch.tensor([v for r in known for v in r[k]]) for k in ("residual", "error"))
     ranks = torch.stack([residual.argsort().argsort(), error.argsort().argsort()]).double()
     bad, warned = error > BAD, residual > LARGE
     summary = {
-        "runs": len(rows), "samples": len(error), "rank_correlation": float(torch.corrcoef(ranks)[0, 1]), "bad": BAD,
-        "threshold": LARGE, "bad_warned": int((bad & warned).sum()), "bad_silent": int((bad & ~warned).sum()),
+        "runs": len(known), "refused": sum(r["refused"] for r in rows), "samples": len(error),
+        "rank_correlation": float(torch.corrcoef(ranks)[0, 1]), "bad": BAD, "threshold": LARGE,
+        "bad_warned": int((bad & warned).sum()), "bad_silent": int((bad & ~warned).sum()),
         "good_warned": int((~bad & warned).sum()), "good_silent": int((~bad & ~warned).sum()),
         "largest_error_without_warning": float(error[~warned].max()),
     }  # fmt: skip
@@ -154,10 +155,7 @@ def main(
         "ensemble_against_members": sum(e for _, e, _ in pairs) / len(pairs), "pairs": len(pairs),
         "default_worse": sum(d > e for d, e, _ in pairs), "default_worse_silent": sum(d > e and not w for d, e, w in pairs),
     }  # fmt: skip
-    flat = [
-        {**r, "clip": str(r["clip"]), "error": max(r["error"]), "residual": r["residual"] and max(r["residual"])}
-        for r in rows
-    ]
+    flat = [{**r, "clip": str(r["clip"]), "error": max(r["error"]), "residual": max(r["residual"])} for r in known]
     columns = {
         "network": "",
         "clip": "",
