@@ -145,6 +145,9 @@ class Entered:
 
         Returns:
             ``(R, p, Q)`` float64.
+
+        Raises:
+            NonFiniteError: The module overflows there.
         """
         base = self.given.pack([x.double() for x in self.values])
         f = self.returned.pack([y.double() for y in self.outputs])
@@ -165,7 +168,10 @@ class Entered:
             images += [
                 (g - s) / ((1 + central) * h[:, i, None]) for i, (g, s) in enumerate(zip(ends, starts, strict=True))
             ]
-        return torch.stack(images, dim=1)
+        found = torch.stack(images, dim=1)
+        return check_finite(
+            "responses", found, f"{self.box.name} overflows near the trajectory: use float32 or bfloat16"
+        )
 
     def _evaluate(self, inputs: tuple[Tensor, ...]) -> list[Tensor]:
         """The module at other inputs ``(R, P_in)``, packed outputs ``(R, Q)`` float64 of each."""

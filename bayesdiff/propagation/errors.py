@@ -42,10 +42,10 @@ class Errors:
         return (at[0].square() * far**2 + at[1].square()).sqrt()
 
 
-def between(
+def missed(
     measured: Measured, others: Sequence[Sequence[tuple[float, Response]]], groups: Sequence[slice], dtype: torch.dtype
-) -> Tensor:  # fmt: skip
-    """Of what other responses predict of a measurement, relative, ``(B,)``.
+) -> tuple[Tensor, Tensor]:
+    """Squared sizes of what other responses miss of a measurement, and of the measurement, ``(B,)`` float64 each.
 
     Along every direction as much counts as lies there, along the last as much as the others leave.
 
@@ -60,7 +60,7 @@ def between(
     directions, images = measured.chosen.directions.to(dtype), measured.images.to(dtype)
     weighted, wanted = directions * strengths, images / measured.chosen.safe.unsqueeze(1).to(images) * strengths
     found = torch.cat([Response.weighted(pairs, weighted[g]) for pairs, g in zip(others, groups, strict=True)])
-    return _ratio(found - wanted, wanted)
+    return _squared(found - wanted), _squared(wanted)
 
 
 def outside(measured: Measured) -> Tensor:
@@ -76,9 +76,13 @@ def outside(measured: Measured) -> Tensor:
     if others.directions.shape[1]:
         extension = Response.fit(others, images[:, :-1], None).extension
         error = error - (v @ extension.mT) @ extension
-    return _ratio(error * strengths[:, -1:], unit * strengths)
+    return relative(_squared(error * strengths[:, -1:]), _squared(unit * strengths))
 
 
-def _ratio(above: Tensor, below: Tensor) -> Tensor:
-    size = below.square().sum((1, 2)).double().cpu()
-    return (above.square().sum((1, 2)).double().cpu() / torch.where(size > 0, size, 1.0)).sqrt()
+def relative(above: Tensor, below: Tensor) -> Tensor:
+    """The ratio of sizes, of their squares; where nothing was measured, the size itself."""
+    return (above / torch.where(below > 0, below, 1.0)).sqrt()
+
+
+def _squared(rows: Tensor) -> Tensor:
+    return rows.square().sum((1, 2)).double().cpu()

@@ -17,7 +17,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from bayesdiff.propagation.errors import Errors, between, outside
+from bayesdiff.propagation.errors import Errors, missed, outside, relative
 from bayesdiff.propagation.measured import Branches, Measured
 from bayesdiff.propagation.plan import Plan
 from bayesdiff.propagation.response import Directions, Response, smoothed
@@ -91,12 +91,15 @@ class Responder:
         excess, extension = (x.to(span.basis) @ span.basis for x in (found.excess, found.extension))
         return Response(chosen.directions, excess, extension, found.gain.to(self.dtype))
 
-    def finish(self) -> None:
-        """All measurements are made: extend each by what the others know, where that helps; from now on interpolate."""
+    def both(self) -> list[dict[int, list[Response]]]:
+        """All measurements are made: each extended by itself, and by what the others know; the first only, if they may not.
+
+        Empty where there is nothing to extend. From now on responses are interpolated.
+        """
         self._second = True
         nodes = [n for n, m in self.measured.items() if m.images is not None]
         if not nodes or not any(self.measured[n].chosen.probe for n in nodes):
-            return
+            return []
         self._responses, self._last = {}, []
         batch, _, size = self.measured[nodes[0]].chosen.directions.shape
         if _worth(2 * sum(self.measured[n].chosen.directions.shape[1] for n in nodes), size):
@@ -113,16 +116,23 @@ class Responder:
             for responses, fits in zip(found, (alone, lent), strict=False):
                 for n, (chosen, _), response in zip(nodes, pairs, fits, strict=True):
                     responses[n].append(response.to(self.dtype, chosen.directions))
-        self._responses = self._better(*found) if shared else found[0]
+        return found
 
-    def _better(self, alone: dict[int, list[Response]], lent: dict[int, list[Response]]) -> dict[int, list[Response]]:
-        """Of each sample the responses that predict each other better; those that know of each other, if it is not clear."""
-        apart, together = (torch.stack(list(self._between(found).values())).square().mean(0) for found in (alone, lent))
-        chosen = apart < CLEARLY * together
-        groups = self.groups(len(chosen))
-        return {
-            n: [a.where(chosen[g].to(a.gain.device), b) for a, b, g in zip(alone[n], lent[n], groups, strict=True)]
-            for n in alone
+    def missed(self, responses: dict[int, list[Response]]) -> Tensor:
+        """The squared size of what they miss when they predict each other, ``(B,)``."""
+        return torch.stack([wrong for wrong, _ in self._missed(responses).values()]).sum(0)
+
+    def use(self, found: list[dict[int, list[Response]]], alone: Tensor | None) -> None:
+        """Of the samples ``(B,)`` the responses by themselves, of the others those that know of each other."""
+        if len(found) < 2 or alone is None:
+            self._responses = found[-1] if found else self._responses
+            return
+        groups = self.groups(len(alone))
+        self._responses = {
+            n: [
+                a.where(alone[g].to(a.gain.device), b) for a, b, g in zip(found[0][n], found[1][n], groups, strict=True)
+            ]
+            for n in found[0]
         }
 
     def _project(self, nodes: list[int], batch: int) -> None:
@@ -149,28 +159,28 @@ class Responder:
         return _padded(self._spans[g].into(deltas), self._width) if self._spans else deltas
 
     def errors(self) -> Errors | None:
-        """How wrong the responses are for the deviations, as far as measurements can tell; None with fewer than two."""
-        nodes = sorted(self._responses)
-        if len(nodes) < 2:
-            return None
-        places = tuple(self.plan.places[n] for n in nodes)
-        return Errors(places, self._between(self._responses), {n: outside(self.measured[n]) for n in nodes})
-
-    def _between(self, responses: dict[int, list[Response]]) -> dict[int, Tensor]:
-        """Of what the others predict of each measurement, relative, ``(B,)``.
+        """How wrong the responses are for the deviations, as far as measurements can tell; None with fewer than two.
 
         Nothing is interpolated beyond the first and last nodes, so with three or more these are not predicted, and have
         their neighbours' errors.
         """
+        nodes = sorted(self._responses)
+        if len(nodes) < 2:
+            return None
+        inner = {n: relative(*sizes) for n, sizes in self._missed(self._responses).items()}
+        between = {n: inner[min(max(n, min(inner)), max(inner))] for n in nodes}
+        return Errors(tuple(self.plan.places[n] for n in nodes), between, {n: outside(self.measured[n]) for n in nodes})
+
+    def _missed(self, responses: dict[int, list[Response]]) -> dict[int, tuple[Tensor, Tensor]]:
+        """By inner node, what the others miss of its measurement, and that (:func:`bayesdiff.propagation.errors.missed`)."""
         nodes = sorted(responses)
-        inner = nodes[1:-1] or nodes
         groups = self.groups(len(self.measured[nodes[0]].chosen.length))
         found = {}
-        for n in inner:
+        for n in nodes[1:-1] or nodes:
             weights = self.plan.cubic(n, [m for m in nodes if m != n])
             pairs = [[(w, responses[o][g]) for o, w in weights.items()] for g in range(len(groups))]
-            found[n] = between(self.measured[n], pairs, groups, self.dtype)
-        return {n: found[min(max(n, inner[0]), inner[-1])] for n in nodes}
+            found[n] = missed(self.measured[n], pairs, groups, self.dtype)
+        return found
 
     def weights(self, n: int) -> dict[int, float]:
         """Of the measurements, at call n."""
@@ -250,6 +260,26 @@ def combine(responders: list[Responder]) -> None:
             p.images = common
             p.apart = apart if p.apart is None else p.apart + apart
             r.refit(n)
+
+
+def finish(responders: list[Responder]) -> None:
+    """All measurements are made: extend each by what the others know, where that helps; from now on interpolate.
+
+    Of each sample the responses that predict each other better; those that know of each other, if it is not clear. Branches of a
+    sample that were called apart decide together, since guidance would multiply what is between the one and the other.
+    """
+    found = [r.both() for r in responders]
+    scores = [
+        torch.stack([r.missed(way) for way in ways])
+        for r, ways in zip(responders, found, strict=True)
+        if len(ways) == 2
+    ]
+    alone = None
+    if len(scores) == len(found) and len({s.shape for s in scores}) == 1:
+        apart, together = torch.stack(scores).sum(0)
+        alone = apart < CLEARLY * together
+    for r, ways in zip(responders, found, strict=True):
+        r.use(ways, alone)
 
 
 def _worth(number: int, size: int) -> bool:

@@ -123,11 +123,11 @@ class Response:
         excess = images - gain * directions
         within = directions @ excess.mT
         values, vectors = torch.linalg.eigh((within + within.mT) / 2)
-        norm = _largest(excess).sqrt()
+        norm = _largest(excess)
         # With one direction M is 0 but for rounding, which must not decide.
         kept = (values > EIGENVALUE_FLOOR * values.amax(1, keepdim=True)) & (values > ROUNDING * norm)
         rotated = vectors.mT @ excess
-        largest = norm if known is None else torch.maximum(norm, _largest(known))
+        largest = norm if known is None else torch.maximum(norm, _largest(known).square())
         least = rotated.square().sum(2) / largest
         scale = torch.where(kept, torch.maximum(values, least).where(kept, torch.ones_like(values)).rsqrt(), 0.0)
         extension = scale.unsqueeze(2) * rotated
@@ -231,15 +231,19 @@ def _no_larger(known: Tensor, directions: Tensor, images: Tensor) -> Tensor:
 def _complement(known: Tensor, directions: Tensor) -> Tensor:
     """A root of the Schur complement S, ``(B, r, P)``."""
     left, values, _ = torch.linalg.svd(known @ directions.mT, full_matrices=False)  # F
-    floor = REGULARIZATION * _largest(known)
+    floor = REGULARIZATION * _largest(known).square()
     total = values.square() + floor
     left_over = torch.where(total > 0, floor / torch.where(total > 0, total, 1.0), 1.0).sqrt()
     return known - left @ ((1 - left_over).unsqueeze(2) * (left.mT @ known))
 
 
 def _largest(rows: Tensor) -> Tensor:
-    """‖R‖² of some rows R, the square of the spectral norm, ``(B, 1)``."""
-    return torch.linalg.eigvalsh(rows @ rows.mT)[:, -1:].clamp(min=0)
+    """‖R‖, the spectral norm of some rows R, ``(B, 1)``; by way of RRᵀ, its entries of the order of 1."""
+    if rows.shape[1] == 0:
+        return rows.new_zeros(len(rows), 1)
+    size = rows.abs().amax((1, 2)).unsqueeze(1)
+    unit = rows / torch.where(size > 0, size, 1.0).unsqueeze(2)
+    return size * torch.linalg.eigvalsh(unit @ unit.mT)[:, -1:].clamp(min=0).sqrt()
 
 
 def _leading(rows: Tensor, number: int) -> Tensor:

@@ -37,7 +37,7 @@ from bayesdiff.propagation.entered import Entered, Match, floating
 from bayesdiff.propagation.measured import Branches, Measured
 from bayesdiff.propagation.module import Module, confirmed
 from bayesdiff.propagation.plan import plan, ranks
-from bayesdiff.propagation.responder import Responder, combine
+from bayesdiff.propagation.responder import Responder, combine, finish
 from bayesdiff.propagation.response import Directions, reduced
 from bayesdiff.propagation.selfcheck import SelfCheck
 from bayesdiff.propagation.settings import Tangents
@@ -106,8 +106,7 @@ class TangentRun:
             by_box.setdefault(box, []).append(module.responder)
         for responders in by_box.values():
             combine(responders)
-            for responder in responders:
-                responder.finish()
+            finish(responders)
 
     def chunks(self, *, decoded: bool) -> list[slice]:
         """The draws that are carried together; all of them where a decoder is to choose directions among them."""

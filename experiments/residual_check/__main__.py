@@ -65,30 +65,34 @@ def errors(pipe: Any, posterior: Any, draws: int, seed: int, members: int, **cal
     """True errors and residuals at each budget, and the default beside an ensemble; a refusal has neither."""
 
     def run(**settings: Any) -> Any:
-        return made(bayesdiff.Tangents(draws=draws, generator=seeded(seed + 1000), **settings))
-
-    def made(propagation: Any) -> Any:
-        generators = [seeded(seed + i) for i in range(len(call["classes"]))]
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", BayesdiffWarning)
-                return bayesdiff.UncertaintyPipeline(pipe, posterior, propagation=propagation)(
-                    generator=generators, output_type="pt", **call
-                )
+            return made(bayesdiff.Tangents(generator=seeded(seed + 1000), **settings))
         except UnsupportedPipelineError as error:
             print(f"refused: {error}")
             return None
 
+    def made(propagation: Any) -> Any:
+        generators = [seeded(seed + i) for i in range(len(call["classes"]))]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", BayesdiffWarning)
+            return bayesdiff.UncertaintyPipeline(pipe, posterior, propagation=propagation)(
+                generator=generators, output_type="pt", **call
+            )
+
     def distance(std: Tensor, exact: Tensor) -> list[float]:
         return ((std - exact).flatten(1).norm(dim=1) / exact.flatten(1).norm(dim=1)).tolist()
 
-    exact = run(refresh=1, num_directions=draws)
-    outputs = [(b, run(extra_calls=b)) for b in BUDGETS] if exact is not None else []
-    rows = [{"extra_calls": b, "refused": True} if o is None else {
-        "extra_calls": b, "refused": False, "error": distance(o.std, exact.std),
-        "residual": None if o.residual is None else o.residual.tolist(),
-    } for b, o in outputs]  # fmt: skip
-    default = made(bayesdiff.Tangents(generator=seeded(seed + 1000)))
+    exact, rows = run(draws=draws, refresh=1, num_directions=draws), []
+    for budget in BUDGETS:
+        o = run(draws=draws, extra_calls=budget)
+        row: dict[str, Any] = {"extra_calls": budget, "refused": o is None or exact is None}
+        if o is not None and exact is not None:
+            row |= {
+                "error": distance(o.std, exact.std),
+                "residual": None if o.residual is None else o.residual.tolist(),
+            }
+        rows.append(row)
+    default = run()
     if default is None:
         return [*rows, {"extra_calls": None, "refused": True}]
     reference = made(bayesdiff.Ensemble(members=members, generator=seeded(seed + 2000))).std

@@ -14,7 +14,7 @@ from bayesdiff.propagation.errors import Errors
 from bayesdiff.propagation.measured import Branches, Measured
 from bayesdiff.propagation.module import FOLLOWED, Module
 from bayesdiff.propagation.plan import Plan
-from bayesdiff.propagation.responder import Responder
+from bayesdiff.propagation.responder import Responder, finish
 from bayesdiff.propagation.response import EIGENVALUE_FLOOR, Directions
 from bayesdiff.propagation.settings import Tangents
 from bayesdiff.propagation.tangents import LARGE, warn
@@ -47,7 +47,7 @@ def measure(shared, by_sample=False, dtype=torch.float64):
         images = chosen.directions @ jacobians[n].mT * chosen.safe.unsqueeze(1)
         kept = Directions(chosen.directions.to(dtype), chosen.length, chosen.probe)
         responder.add(n, Measured(kept, images.to(dtype), None, strengths.sqrt(), Branches.alone(2), (0.5, 2.0)))
-    responder.finish()
+    finish([responder])
     return responder, jacobians
 
 
@@ -128,7 +128,7 @@ def test_exact_responses_have_no_error():
         deltas = torch.randn(1, 6, P, dtype=torch.float64)
         chosen = responder.choose(deltas, torch.randn(6, dtype=torch.float64))
         responder.add(n, Measured(chosen, chosen.directions * n, None, torch.ones(1, 6), Branches.alone(1), (1.0, 1.0)))
-    responder.finish()
+    finish([responder])
     errors = responder.errors()
     assert all(float(errors(n, float(n))) == 0 for n in (1, 2, 3))
 
@@ -184,9 +184,9 @@ def test_a_large_residual_is_warned_of():
         warn(torch.tensor([float("nan")]), Tangents())
 
 
-def wild(shared, by_sample):
+def wild(shared, by_sample, seed=5, finished=True):
     """Of the first sample Jacobians change slowly, of the second from call to call; measured along few directions."""
-    generator = torch.Generator().manual_seed(5)
+    generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape):
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
@@ -200,7 +200,8 @@ def wild(shared, by_sample):
         strengths = (deltas @ chosen.directions.mT).square().mean(1).sqrt()
         images = chosen.directions @ jacobians.mT * chosen.safe.unsqueeze(1)
         responder.add(n, Measured(chosen, images, None, strengths, Branches.alone(2), (0.5, 2.0)))
-    responder.finish()
+    if finished:
+        finish([responder])
     return responder
 
 
@@ -212,8 +213,7 @@ def test_measurements_know_of_each_other_only_where_they_predict_each_other(monk
     def responses(shared, clearly=0.0):
         monkeypatch.setattr(responders, "CLEARLY", clearly)
         made = wild(shared, by_sample)
-        errors = torch.stack(list(made.errors().between.values())).square().mean(0)
-        return torch.stack([made.denoised(n, deltas) for n in range(12)], 1), errors
+        return torch.stack([made.denoised(n, deltas) for n in range(12)], 1), made.missed(made._responses)
 
     (lent, together), (alone, apart) = responses(True, 0.0), responses(False)
     gain = (apart / together).tolist()
@@ -225,3 +225,28 @@ def test_measurements_know_of_each_other_only_where_they_predict_each_other(monk
     torch.testing.assert_close(error[slow], together[slow])
     torch.testing.assert_close(error[fast], apart[fast])
     assert all(not torch.allclose(lent[b], alone[b]) for b in range(2))
+
+
+def test_branches_called_apart_decide_together(monkeypatch):
+    """Guidance would multiply what lies between a branch that was lent something and one that was not."""
+    deltas, seeds = torch.randn(2, K, P, generator=torch.Generator().manual_seed(1), dtype=torch.float64), (5, 6)
+
+    def known(made):
+        return torch.stack([made.denoised(n, deltas) for n in range(12)], 1)
+
+    monkeypatch.setattr(responders, "CLEARLY", 0.0)
+    alone, lent = ([wild(shared, False, seed) for seed in seeds] for shared in (False, True))
+    apart, together = (torch.stack([made.missed(made._responses) for made in some]) for some in (alone, lent))
+    each, all_ = apart / together, apart.sum(0) / together.sum(0)
+    b = int((each[0] - each[1]).abs().argmax())
+    monkeypatch.setattr(responders, "CLEARLY", float(each[:, b].mean()))  # by themselves they would decide differently
+    found = [wild(True, False, seed, finished=False) for seed in seeds]
+    finish(found)
+    expected = alone if all_[b] < each[:, b].mean() else lent
+    for made, wanted in zip(found, expected, strict=True):
+        torch.testing.assert_close(known(made)[b], known(wanted)[b])
+    found = [wild(True, False, seed, finished=False) for seed in seeds]
+    found[0].shared = False  # one that may not be lent anything: nor do the others choose
+    finish(found)
+    torch.testing.assert_close(known(found[0]), known(alone[0]))
+    torch.testing.assert_close(known(found[1]), known(lent[1]))
