@@ -203,3 +203,11 @@ def test_deviations_must_be_finite(bad):
     t[1, 0, 0, 2, 2] = bad
     with pytest.raises(NonFiniteError, match="finite deviations"):
         entered(network, args, kwargs, {0: t})
+
+
+def test_a_module_that_overflows_near_the_trajectory_is_named():
+    limit = float(X.abs().max())
+    network = Network(lambda x: torch.where(x.abs() > limit, torch.inf, x))
+    call, _ = entered(network, (X,), {}, {0: of(X)})
+    with pytest.raises(NonFiniteError, match="the network overflows near the trajectory"):
+        call.derivatives(normal(R, 1, X[0].numel()), torch.full((R, 1), 1e3))

@@ -217,3 +217,12 @@ def test_fewer_rows_have_the_same_sum_of_squares():
     torch.testing.assert_close(
         (reduced(low, 12, generator) @ jacobian).square().sum(1), (low @ jacobian).square().sum(1)
     )
+
+
+@pytest.mark.parametrize("scale", [1e-170, 1.0, 1e160])
+@pytest.mark.parametrize("number", [0, 1, 3, 7])
+def test_the_largest_singular_value_of_numbers_of_any_size(scale, number):
+    rows = scale * torch.randn(2, number, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    rows[1] = 0
+    expected = [torch.linalg.matrix_norm(r, ord=2) if number else torch.zeros((), dtype=torch.float64) for r in rows]
+    torch.testing.assert_close(responses._largest(rows) / scale, torch.stack(expected)[:, None] / scale)
