@@ -112,8 +112,8 @@ class Responder:
                 for m in (self.measured[n] for n in nodes)
                 if m.images is not None
             ]
-            alone, lent = (Response.fit(*pair) for pair in pairs), smoothed(pairs)
-            for responses, fits in zip(found, (alone, lent), strict=False):
+            alone = (Response.fit(*pair) for pair in pairs)
+            for responses, fits in zip(found, (alone, smoothed(pairs)) if shared else (alone,), strict=True):
                 for n, (chosen, _), response in zip(nodes, pairs, fits, strict=True):
                     responses[n].append(response.to(self.dtype, chosen.directions))
         return found
