@@ -29,6 +29,10 @@ CLEARLY = 0.5
 SHORTER = 4
 
 
+#: By node, of each group of samples.
+Responses = dict[int, list[Response]]
+
+
 class Responder:
     """The responses of one module along one run.
 
@@ -42,7 +46,7 @@ class Responder:
     def __init__(self, plan: Plan, dtype: torch.dtype, shared: bool, by_sample: bool) -> None:
         self.plan, self.dtype, self.shared, self.by_sample = plan, dtype, shared, by_sample
         self.measured: dict[int, Measured] = {}
-        self._responses: dict[int, list[Response]] = {}
+        self._responses: Responses = {}
         self._last: list[Response] = []  # fitted
         self._second = False
         self._spans: list[Span] = []
@@ -91,10 +95,10 @@ class Responder:
         excess, extension = (x.to(span.basis) @ span.basis for x in (found.excess, found.extension))
         return Response(chosen.directions, excess, extension, found.gain.to(self.dtype))
 
-    def both(self) -> list[dict[int, list[Response]]]:
-        """All measurements are made: each extended by itself, and by what the others know; the first only, if they may not.
+    def extended(self) -> list[Responses]:
+        """All measurements are made: the responses by themselves, then, if they may, with what the others know of each.
 
-        Empty where there is nothing to extend. From now on responses are interpolated.
+        Empty where directions leave nothing to extend to. From now on responses are interpolated.
         """
         self._second = True
         nodes = [n for n, m in self.measured.items() if m.images is not None]
@@ -105,7 +109,7 @@ class Responder:
         if _worth(2 * sum(self.measured[n].chosen.directions.shape[1] for n in nodes), size):
             self._project(nodes, batch)
         shared = self.shared and len(nodes) > 1
-        found: list[dict[int, list[Response]]] = [{n: [] for n in nodes} for _ in range(1 + shared)]
+        ways: list[Responses] = [{n: [] for n in nodes} for _ in range(1 + shared)]
         for group in self.groups(batch):
             pairs = [
                 (m.chosen.part(group), m.images[group])
@@ -113,26 +117,24 @@ class Responder:
                 if m.images is not None
             ]
             alone = (Response.fit(*pair) for pair in pairs)
-            for responses, fits in zip(found, (alone, smoothed(pairs)) if shared else (alone,), strict=True):
+            for responses, fits in zip(ways, (alone, smoothed(pairs)) if shared else (alone,), strict=True):
                 for n, (chosen, _), response in zip(nodes, pairs, fits, strict=True):
                     responses[n].append(response.to(self.dtype, chosen.directions))
-        return found
+        return ways
 
-    def missed(self, responses: dict[int, list[Response]]) -> Tensor:
-        """The squared size of what they miss when they predict each other, ``(B,)``."""
-        return torch.stack([wrong for wrong, _ in self._missed(responses).values()]).sum(0)
+    def missing(self, responses: Responses) -> Tensor:
+        """The squared size of all that they miss when they predict each other, ``(B,)``."""
+        return torch.stack([wrong for wrong, _ in self._predicted(responses).values()]).sum(0)
 
-    def use(self, found: list[dict[int, list[Response]]], alone: Tensor | None) -> None:
-        """Of the samples ``(B,)`` the responses by themselves, of the others those that know of each other."""
-        if len(found) < 2 or alone is None:
-            self._responses = found[-1] if found else self._responses
+    def use(self, ways: list[Responses], alone: Tensor | None) -> None:
+        """The last of the ways; of two the first for some of the samples, ``(B,)``."""
+        if alone is None or len(ways) < 2:
+            self._responses = ways[-1] if ways else self._responses
             return
         groups = self.groups(len(alone))
         self._responses = {
-            n: [
-                a.where(alone[g].to(a.gain.device), b) for a, b, g in zip(found[0][n], found[1][n], groups, strict=True)
-            ]
-            for n in found[0]
+            n: [a.where(alone[g].to(a.gain.device), b) for a, b, g in zip(ways[0][n], ways[1][n], groups, strict=True)]
+            for n in ways[0]
         }
 
     def _project(self, nodes: list[int], batch: int) -> None:
@@ -167,11 +169,11 @@ class Responder:
         nodes = sorted(self._responses)
         if len(nodes) < 2:
             return None
-        inner = {n: relative(*sizes) for n, sizes in self._missed(self._responses).items()}
+        inner = {n: relative(*sizes) for n, sizes in self._predicted(self._responses).items()}
         between = {n: inner[min(max(n, min(inner)), max(inner))] for n in nodes}
         return Errors(tuple(self.plan.places[n] for n in nodes), between, {n: outside(self.measured[n]) for n in nodes})
 
-    def _missed(self, responses: dict[int, list[Response]]) -> dict[int, tuple[Tensor, Tensor]]:
+    def _predicted(self, responses: Responses) -> dict[int, tuple[Tensor, Tensor]]:
         """By inner node, what the others miss of its measurement, and that (:func:`bayesdiff.propagation.errors.missed`)."""
         nodes = sorted(responses)
         groups = self.groups(len(self.measured[nodes[0]].chosen.length))
@@ -263,23 +265,26 @@ def combine(responders: list[Responder]) -> None:
 
 
 def finish(responders: list[Responder]) -> None:
-    """All measurements are made: extend each by what the others know, where that helps; from now on interpolate.
+    r"""All measurements are made: extend each by what the others know, where that helps; from now on interpolate.
 
-    Of each sample the responses that predict each other better; those that know of each other, if it is not clear. Branches of a
-    sample that were called apart decide together, since guidance would multiply what is between the one and the other.
+    With :math:`\hat J_n` the response that the others predict at node n, and the directions' strengths s, nothing is lent to a
+    sample where
+
+    .. math:: \sum_n \|(\hat J_n^\text{alone} - J_n)V_n s_n\|^2 < \tfrac12 \sum_n \|(\hat J_n^\text{lent} - J_n)V_n s_n\|^2.
+
+    Args:
+        responders: Of one module. Branches of a sample that were called apart decide together (the sums are over them, too),
+            since guidance would multiply what lies between the one and the other; where samples differ, all are lent.
     """
-    found = [r.both() for r in responders]
-    scores = [
-        torch.stack([r.missed(way) for way in ways])
-        for r, ways in zip(responders, found, strict=True)
-        if len(ways) == 2
-    ]
+    ways = [r.extended() for r in responders]
     alone = None
-    if len(scores) == len(found) and len({s.shape for s in scores}) == 1:
-        apart, together = torch.stack(scores).sum(0)
-        alone = apart < CLEARLY * together
-    for r, ways in zip(responders, found, strict=True):
-        r.use(ways, alone)
+    if all(len(both) == 2 for both in ways):
+        missing = [torch.stack([r.missing(way) for way in both]) for r, both in zip(responders, ways, strict=True)]
+        if len({m.shape for m in missing}) == 1:
+            apart, together = torch.stack(missing).sum(0)
+            alone = apart < CLEARLY * together
+    for r, both in zip(responders, ways, strict=True):
+        r.use(both, alone)
 
 
 def _worth(number: int, size: int) -> bool:

@@ -20,6 +20,9 @@ What V has measured of it must not count twice, so it enters by its Schur comple
 values along V),
 
     S = Eᵀ(I − F(FᵀF + μI)⁻¹Fᵀ)E,  F = EV,       J = B gives Y M⁺ Yᵀ + S = B for any V (μ → 0).
+
+Where S is used, and where it is 0 because other measurements say something false, is decided in
+:func:`bayesdiff.propagation.responder.finish`.
 """
 
 from __future__ import annotations

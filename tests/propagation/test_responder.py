@@ -213,7 +213,7 @@ def test_measurements_know_of_each_other_only_where_they_predict_each_other(monk
     def responses(shared, clearly=0.0):
         monkeypatch.setattr(responders, "CLEARLY", clearly)
         made = wild(shared, by_sample)
-        return torch.stack([made.denoised(n, deltas) for n in range(12)], 1), made.missed(made._responses)
+        return torch.stack([made.denoised(n, deltas) for n in range(12)], 1), made.missing(made._responses)
 
     (lent, together), (alone, apart) = responses(True, 0.0), responses(False)
     gain = (apart / together).tolist()
@@ -236,7 +236,7 @@ def test_branches_called_apart_decide_together(monkeypatch):
 
     monkeypatch.setattr(responders, "CLEARLY", 0.0)
     alone, lent = ([wild(shared, False, seed) for seed in seeds] for shared in (False, True))
-    apart, together = (torch.stack([made.missed(made._responses) for made in some]) for some in (alone, lent))
+    apart, together = (torch.stack([made.missing(made._responses) for made in some]) for some in (alone, lent))
     each, all_ = apart / together, apart.sum(0) / together.sum(0)
     b = int((each[0] - each[1]).abs().argmax())
     monkeypatch.setattr(responders, "CLEARLY", float(each[:, b].mean()))  # by themselves they would decide differently
